@@ -1,0 +1,274 @@
+"""The command line: a thin face over the flows. Heavy imports happen inside the command that needs them."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NoReturn
+
+from tasks.core.errors import ForgetlessError
+
+GATE_CODES = {"promote": 0, "reject": 4, "inconclusive": 5}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or configuration, 3 data rejected;
+    with --gate also 4 over budget, 5 inconclusive. A user's mistake gives one sentence, no traceback."""
+    arguments = _parser().parse_args(argv)
+    from tasks.core.settings import quiet_libraries
+
+    quiet_libraries()
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except ForgetlessError as error:
+        if arguments.debug:
+            raise
+        return _fail(arguments, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(arguments, "Interrupted. What finished is kept: the same command goes on from there.", 130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        text = f"Failed: {type(error).__name__}: {error}\nRun again with --debug for the traceback."
+        return _fail(arguments, text, 1)
+
+
+def _fail(arguments: argparse.Namespace, text: str, code: int) -> int:
+    if getattr(arguments, "json", False):
+        print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
+    for line in text.splitlines():
+        print(f"forgetless: {line}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"forgetless: {message}. See: {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--store", metavar="URL", help="folder or s3://bucket/prefix (default: .forgetless)")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    output = _Parser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print the result as JSON")
+    recipe = _Parser(add_help=False)
+    recipe.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name (quickstart) or a YAML file")
+    recipe.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides", help="override a key")
+    recipe.add_argument("--data", metavar="URI", help="file or Hub data set in place of the recipe's sources")
+
+    parser = _Parser(
+        prog="forgetless",
+        description="Fine-tune an open LLM and prove what it gained and what it forgot.",
+    )
+    parser.add_argument("--version", action="version", version=metadata.version("forgetless"))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, work: Callable[[argparse.Namespace], int], text: str, *parents: Any) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[*parents, common])
+        command.set_defaults(command=work)
+        return command
+
+    run = add("run", _run, "Run a recipe: from data to a chat model with a verdict.", recipe, output)
+    run.add_argument("--gate", action="store_true", help="stop before the merge unless promoted; exit 4 or 5")
+    add("plan", _plan, "Say what a run would do, and find every configuration error.", recipe, output)
+    add("runs", _runs, "List the runs in the store.", output)
+    show = add("show", _show, "Show one run.", output)
+    show.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    chat = add("chat", _chat, "Chat with a run's exported model in the terminal.")
+    chat.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    chat.add_argument("--prompt", help="ask this once and exit")
+    export = add("export", _export, "Export a finished run's model.", output)
+    export.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    export.add_argument(
+        "--to", required=True, choices=["ollama", "dir"], help="register in Ollama, or copy to a folder"
+    )
+    export.add_argument("--out", metavar="DIR", help="folder for --to dir")
+    dashboard = add("dashboard", _dashboard, "Open the dashboard on the store.")
+    dashboard.add_argument("--port", type=int, default=8501)
+    add("doctor", _doctor, "Check this machine, and say what each missing piece costs.", output)
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from flows.plan import plan_run
+    from flows.screen import RunScreen, show_summary
+    from tasks.core.config import load_recipe
+    from tasks.core.manifest import new_run_id
+    from tasks.core.settings import read_settings
+    from tasks.core.store import check_writable, open_store
+
+    # Everything that can be wrong with the request is said before Prefect or torch is loaded.
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.data)
+    settings = read_settings(arguments.store)
+    store = open_store(settings)
+    check_writable(store)
+    plan_run(recipe, store)
+    run_id = new_run_id(recipe.name)
+    with RunScreen(run_id, enabled=not arguments.json):
+        from flows.finetune import finetune
+
+        manifest = finetune(
+            recipe=arguments.recipe,
+            overrides=arguments.overrides,
+            data=arguments.data,
+            store=settings.store_url,
+            gate=arguments.gate,
+            run_id=run_id,
+        )
+    if arguments.json:
+        print(manifest.model_dump_json())
+    else:
+        show_summary(manifest, store)
+    return GATE_CODES[manifest.report.verdict] if arguments.gate and manifest.report else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from flows.plan import plan_run
+    from flows.screen import show_plan
+    from tasks.core.config import load_recipe
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.data)
+    plan = plan_run(recipe, open_store(read_settings(arguments.store)))
+    if arguments.json:
+        _print_json(plan)
+    else:
+        show_plan(plan)
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_runs
+    from tasks.core.manifest import read_manifest, run_ids
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    store = open_store(read_settings(arguments.store))
+    manifests = [read_manifest(store, run_id) for run_id in run_ids(store)]
+    if arguments.json:
+        _print_json([m.model_dump(mode="json") for m in manifests])
+    else:
+        show_runs(manifests, store)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_summary
+    from tasks.core.manifest import read_manifest
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    store = open_store(read_settings(arguments.store))
+    manifest = read_manifest(store, arguments.run)
+    if arguments.json:
+        print(manifest.model_dump_json())
+    else:
+        show_summary(manifest, store)
+    return 0
+
+
+def _exported(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from tasks.core.manifest import read_manifest
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    store = open_store(read_settings(arguments.store))
+    manifest = read_manifest(store, arguments.run)
+    if manifest.gguf is None:
+        raise ForgetlessError(
+            f"Run {manifest.run_id} has no exported model: it is {manifest.status}"
+            + (f" ({manifest.error})" if manifest.error else "")
+            + ". Finish it first: run its recipe again."
+        )
+    return store, manifest, manifest.gguf
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    store, manifest, gguf = _exported(arguments)
+    from tasks.export.gguf import chat_with
+
+    path = store.local_folder(gguf.artifact) / gguf.files[manifest.recipe.export.serve]
+    return chat_with(path, gguf.system, arguments.prompt)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import shutil
+    from pathlib import Path
+
+    from tasks.core.errors import ConfigError, ExportError
+
+    store, manifest, gguf = _exported(arguments)
+    if arguments.to == "dir":
+        if not arguments.out:
+            raise ConfigError("--to dir needs --out DIR: the folder to copy the GGUF files and the Modelfile to.")
+        target = Path(arguments.out)
+        shutil.copytree(
+            store.local_folder(gguf.artifact), target, ignore=shutil.ignore_patterns("_*"), dirs_exist_ok=True
+        )
+        result = {"folder": str(target), "files": gguf.files}
+        text = f"Copied {', '.join(gguf.files.values())} and {gguf.modelfile} to {target}."
+    else:
+        from tasks.export.register import register
+
+        done = register(manifest.recipe.export, gguf, manifest.recipe.name, store)
+        if not done.registered:
+            raise ExportError(
+                f"No Ollama answers at {done.url}. Start it (ollama serve), or set OLLAMA_HOST, then run this again. "
+                f"By hand: {done.note}"
+            )
+        result = done.model_dump()
+        text = f"Registered {done.name} at {done.url}. Chat with it: ollama run {done.name}"
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(text)
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    import importlib.util
+    from pathlib import Path
+
+    from tasks.core.errors import ConfigError
+    from tasks.core.settings import STORE_VARIABLE, read_settings
+
+    if importlib.util.find_spec("streamlit") is None:
+        raise ConfigError("The dashboard needs streamlit, which is not installed: pip install 'forgetless[dashboard]'")
+    app = Path(__file__).resolve().parents[1] / "dashboards" / "app.py"
+    environment = {**os.environ, STORE_VARIABLE: read_settings(arguments.store).store_url}
+    options = ["--server.port", str(arguments.port), "--server.address", "127.0.0.1", "--server.headless", "true"]
+    print(f"Dashboard: http://127.0.0.1:{arguments.port} (stop it with Ctrl-C)", flush=True)
+    command = [sys.executable, "-m", "streamlit", "run", str(app), *options]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from flows.doctor import check_machine
+    from flows.screen import show_findings
+    from tasks.core.settings import read_settings
+
+    findings = check_machine(read_settings(arguments.store))
+    if arguments.json:
+        _print_json([asdict(f) for f in findings])
+    else:
+        show_findings(findings)
+    return 1 if any(f.state == "missing" and f.required for f in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

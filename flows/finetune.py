@@ -1,0 +1,155 @@
+"""Fine-tune a chat model and prove what it gained and what it forgot.
+
+The flow reads as the job is told: fetch and validate the data, score the base, train an adapter, score again, compare,
+merge, convert, register, publish. Each stage's result is looked up in the store first, so a run that is started again
+redoes nothing that finished; the manifest is rewritten after each stage, so a running or failed run can be seen.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Annotated, TypeVar
+
+from prefect import flow, runtime
+from pydantic import Field
+
+from flows.score_model import score_model
+from flows.train_adapter import train_adapter
+from tasks.core.config import Recipe, load_recipe
+from tasks.core.errors import ForgetlessError
+from tasks.core.manifest import STAGES, RunManifest, StageState, new_run_id, write_manifest
+from tasks.core.progress import report_progress
+from tasks.core.records import ArtifactRecord, Record
+from tasks.core.settings import read_settings
+from tasks.core.store import Store, open_store
+from tasks.data.steps import fetch_dataset, require_valid, validate_dataset
+from tasks.evaluation.steps import compare_scores
+from tasks.export.steps import convert_to_gguf, merge_adapter, register_in_ollama
+from tasks.models.steps import prepare_base
+from tasks.reporting.steps import publish_run
+
+Result = TypeVar("Result", bound=Record)
+LIBRARIES = ("forgetless", "torch", "transformers", "peft", "bitsandbytes", "lm-eval", "great-expectations", "prefect")
+
+
+@flow(name="finetune", flow_run_name="{run_id}", persist_result=False, validate_parameters=True)
+def finetune(
+    recipe: Annotated[str, Field(description="A shipped recipe's name, or the path of a recipe file.")] = "quickstart",
+    overrides: Annotated[list[str], Field(description="section.key=value, such as train.rank=8.")] = [],  # noqa: B006
+    data: Annotated[str | None, Field(description="A file or Hub data set in place of the recipe's sources.")] = None,
+    store: Annotated[str | None, Field(description="Folder or s3://bucket/prefix; the worker's own if empty.")] = None,
+    gate: Annotated[bool, Field(description="Stop before the merge unless the verdict is promote.")] = False,
+    run_id: Annotated[
+        str | None, Field(description="The run's name; made from the recipe and the time if empty.")
+    ] = None,
+) -> RunManifest:
+    """Return the manifest of the finished run: everything it made, measured and decided."""
+    settings = read_settings(store)
+    config = load_recipe(recipe, overrides, data)
+    place = open_store(settings)
+    run = Run(place, config, run_id or new_run_id(config.name))
+    url = settings.store_url
+    with run.recorded() as manifest:
+        manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
+        manifest.dataset = dataset = run.stage("dataset", lambda: fetch_dataset(config.data, url))
+        manifest.data_report = report = run.stage("validate", lambda: validate_dataset(config.data, dataset, url))
+        require_valid(report)
+        manifest.before = before = run.stage(
+            "before", lambda: score_model(config.model, config.eval, base, None, url, "before")
+        )
+        manifest.adapter = adapter = run.stage(
+            "train", lambda: train_adapter(config.model, config.train, base, dataset, url)
+        )
+        manifest.after = after = run.stage(
+            "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
+        )
+        manifest.report = verdict = run.stage("compare", lambda: compare_scores(config.eval, before, after, url))
+        if gate and verdict.verdict != "promote":
+            run.skip("merge", "gguf", "ollama", why=f"the gate is closed: {verdict.verdict}")
+        else:
+            manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
+            manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, merged, url))
+            if config.export.ollama:
+                manifest.ollama = run.stage("ollama", lambda: register_in_ollama(config.export, gguf, config.name, url))
+            else:
+                run.skip("ollama", why="export.ollama is false")
+        with run.timed("publish"):
+            manifest.card = publish_run(manifest, url)
+    return manifest
+
+
+class Run:
+    """The run's manifest, rewritten in the store as its stages pass. Written by the parent flow alone."""
+
+    def __init__(self, store: Store, recipe: Recipe, run_id: str) -> None:
+        self.store = store
+        self.manifest = RunManifest(
+            run_id=run_id,
+            recipe=recipe,
+            started=datetime.now(UTC),
+            flow_run_id=str(runtime.flow_run.id) if runtime.flow_run.id else None,
+            stages={name: StageState() for name in STAGES},
+            environment=_environment(),
+        )
+
+    @contextlib.contextmanager
+    def recorded(self):  # type: ignore[no-untyped-def]
+        """Yield the manifest; write it as completed, or as failed with the error, when the run ends."""
+        write_manifest(self.store, self.manifest)
+        try:
+            yield self.manifest
+            self.manifest.status = "completed"
+        except BaseException as error:
+            self.manifest.status = "failed"
+            known = isinstance(error, ForgetlessError)
+            self.manifest.error = str(error) if known else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self.manifest.finished = datetime.now(UTC)
+            write_manifest(self.store, self.manifest)
+
+    @contextlib.contextmanager
+    def timed(self, name: str):  # type: ignore[no-untyped-def]
+        """Record the stage as running, then as computed or failed with its seconds."""
+        state = self.manifest.stages[name]
+        state.status = "running"
+        write_manifest(self.store, self.manifest)
+        report_progress(name, 0, 0)
+        started = time.monotonic()
+        try:
+            yield state
+            if state.status == "running":
+                state.status = "computed"
+        except BaseException:
+            state.status = "failed"
+            raise
+        finally:
+            state.seconds = time.monotonic() - started
+            write_manifest(self.store, self.manifest)
+            report_progress(name, -1, 0, state.status)
+
+    def stage(self, name: str, work: Callable[[], Result]) -> Result:
+        """Return the stage's record, with what became of it noted in the manifest."""
+        with self.timed(name) as state:
+            record = work()
+            if isinstance(record, ArtifactRecord):
+                state.uri = record.artifact.uri
+                state.status = "reused" if record.artifact.reused else "computed"
+        return record
+
+    def skip(self, *names: str, why: str) -> None:
+        for name in names:
+            self.manifest.stages[name] = StageState(status="skipped", note=why)
+            report_progress(name, -1, 0, "skipped")
+
+
+def _environment() -> dict[str, str]:
+    import platform
+
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -1,0 +1,109 @@
+"""What a run would do, found without torch or Prefect: stages reused or computed, and what the items can detect."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tasks.core.config import EvalConfig, Recipe
+from tasks.core.paired import detectable_change
+from tasks.core.records import (
+    AdapterRef,
+    ArtifactRecord,
+    BaseRef,
+    DataReport,
+    DatasetRef,
+    ForgettingReport,
+    GgufRef,
+    ModelRef,
+    ScoreSheet,
+)
+from tasks.core.stages import (
+    Stage,
+    adapter_stage,
+    base_stage,
+    comparison_stage,
+    dataset_stage,
+    gguf_stage,
+    merged_stage,
+    scores_stage,
+    validation_stage,
+)
+from tasks.core.store import Store, find_artifact
+from tasks.data.split import source_digests
+from tasks.evaluation.suite import suite_digest
+from tasks.models.base import locate_base
+
+Found = TypeVar("Found", bound=ArtifactRecord)
+# A pair of models in our runs disagrees on about one item in ten; what is detectable follows from it.
+EXPECTED_DISCORDANCE = 0.1
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    stage: str
+    action: str
+    """reuse, compute, or always (done in every run)"""
+    uri: str | None = None
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """What a retention capability can show: `detectable` is the smallest budget that its items can show kept with 80 %
+    power, in points, at a discordance of 0.1. None for bits per byte, whose spread is known only afterwards."""
+
+    capability: str
+    items: int | None
+    budget: float
+    unit: str
+    detectable: float | None
+
+
+def plan_run(recipe: Recipe, store: Store) -> dict[str, Any]:
+    """Return the plan as plain values. Raises the same errors as the run would, before anything starts."""
+    stages: list[PlannedStage] = []
+
+    def look(name: str, stage: Stage | None, record_type: type[Found]) -> Found | None:
+        found = find_artifact(store, stage, record_type) if stage else None
+        stages.append(PlannedStage(name, "reuse" if found else "compute", found.artifact.uri if found else None))
+        return found
+
+    source = locate_base(recipe.model)
+    suite = suite_digest(recipe.eval)
+    trust = recipe.model.trust_remote_code
+    base = look("base", base_stage(recipe.model, source.content), BaseRef)
+    dataset = look("dataset", dataset_stage(recipe.data, source_digests(recipe.data)), DatasetRef)
+    look("validate", validation_stage(recipe.data, dataset) if dataset else None, DataReport)
+    before = look("before", scores_stage(recipe.eval, suite, base, None, trust) if base else None, ScoreSheet)
+    adapter = look("train", adapter_stage(recipe.train, base, dataset) if base and dataset else None, AdapterRef)
+    after = look(
+        "after", scores_stage(recipe.eval, suite, base, adapter, trust) if base and adapter else None, ScoreSheet
+    )
+    look("compare", comparison_stage(recipe.eval, before, after) if before and after else None, ForgettingReport)
+    merged = look("merge", merged_stage(base, adapter) if base and adapter else None, ModelRef)
+    look("gguf", gguf_stage(recipe.export, merged) if merged else None, GgufRef)
+    stages += [PlannedStage("ollama", "always"), PlannedStage("publish", "always")]
+    return {
+        "recipe": recipe.name,
+        "store": store.url,
+        "base": str(source.path),
+        "stages": [asdict(s) for s in stages],
+        "detectable": [asdict(d) for d in _detectable(recipe.eval)],
+    }
+
+
+def _detectable(config: EvalConfig) -> list[Detectable]:
+    result = []
+    for capability in config.capabilities:
+        if capability.role != "retention":
+            continue
+        counts = [_count_rows(Path(t.file)) if t.file else None for t in capability.tasks]
+        items = None if None in counts else sum(min(c or 0, config.limit or c or 0) for c in counts)
+        accuracy = capability.measure != "bits_per_byte" and items
+        smallest = round(detectable_change(items, EXPECTED_DISCORDANCE), 2) if accuracy and items else None
+        result.append(Detectable(capability.name, items, capability.accepted_loss, capability.unit, smallest))
+    return result
+
+
+def _count_rows(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())

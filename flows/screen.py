@@ -1,0 +1,239 @@
+"""What the command line shows: the stages as they pass, and the tables at the end."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tasks.core.manifest import STAGES, RunManifest
+from tasks.core.progress import watch_progress
+from tasks.core.store import Store
+
+if TYPE_CHECKING:
+    from flows.doctor import Finding
+
+TITLES = {
+    "start": "Start Prefect",
+    "base": "Base model",
+    "dataset": "Fetch data",
+    "validate": "Validate data",
+    "before": "Score the base",
+    "train": "Train the adapter",
+    "after": "Score again",
+    "compare": "Compare",
+    "merge": "Merge",
+    "gguf": "Convert to GGUF",
+    "ollama": "Register in Ollama",
+    "publish": "Publish",
+}
+MARKS = {"computed": "[green]✔[/]", "reused": "[cyan]↻[/]", "skipped": "[dim]–[/]", "failed": "[red]✘[/]"}
+VERDICTS = {
+    "promote": "[bold green]✔ promote[/]",
+    "reject": "[bold red]✘ reject[/]",
+    "inconclusive": "[bold yellow]? inconclusive[/]",
+}
+STATUS_STYLE = {"gained": "green", "kept": "green", "lost": "red", "forgot": "red"}
+
+
+class RunScreen:
+    """Shows the stages of a run in this process: live bars on a terminal, a line per stage elsewhere (on stderr)."""
+
+    def __init__(self, run_id: str, enabled: bool) -> None:
+        self.console = Console(file=sys.stderr, highlight=False)  # the real one, whatever is redirected later
+        self.enabled = enabled
+        self.run_id = run_id
+        self.began = time.monotonic()
+        self.stage = "start"
+        self.stage_began = self.began
+        self.done = self.total = 0
+        self.note = ""
+        self.rows: list[tuple[str, str, float]] = []
+        self.live: Live | None = None
+
+    def __enter__(self) -> "RunScreen":
+        if self.enabled:
+            watch_progress(self._on_progress)
+            self.console.print(f"[bold]forgetless[/] run [bold]{self.run_id}[/]")
+            if self.console.is_terminal:
+                self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
+                self.live.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.live:
+            self.stage = ""
+            self.live.stop()
+
+    def _on_progress(self, stage: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if self.stage == "start":
+            self._finish("start", "computed", now - self.began)
+        if done == -1:
+            self._finish(stage, note, now - self.stage_began if stage == self.stage else 0.0)
+            self.stage, self.stage_began, self.note, self.done, self.total = "", now, "", 0, 0
+            return
+        if stage != self.stage:
+            self.stage, self.stage_began, self.note = stage, now, ""
+        self.done, self.total, self.note = done, total, note or self.note
+
+    def _finish(self, stage: str, status: str, seconds: float) -> None:
+        self.rows.append((stage, status, seconds))
+        if not self.live:
+            took = f"{seconds:.1f} s" if status == "computed" else status
+            self.console.print(f"{MARKS.get(status, ' ')} {TITLES[stage]:<20} {took}")
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 1))
+        for stage, status, seconds in self.rows:
+            took = f"{seconds:6.1f} s" if status in ("computed", "failed") else status
+            table.add_row(MARKS.get(status, " "), TITLES[stage], Text(took, style="dim"), "")
+        if self.stage:
+            seconds = time.monotonic() - self.stage_began
+            bar: Any = ProgressBar(self.total, self.done, width=30) if self.total else Text(str(self.done or ""), "dim")
+            table.add_row(
+                "[yellow]•[/]", f"[bold]{TITLES[self.stage]}[/]", f"{seconds:6.1f} s", bar, Text(self.note, "dim")
+            )
+        return Group(table)
+
+
+def show_summary(manifest: RunManifest, store: Store) -> None:
+    """Print what a run gained and forgot, where everything is, and what to do next."""
+    console = Console(highlight=False)
+    console.print()
+    if manifest.status == "failed":
+        console.print(f"[red]✘[/] Run [bold]{manifest.run_id}[/] failed: {manifest.error}", markup=True)
+    elif manifest.status == "running":
+        stage = next((s for s in STAGES if manifest.stages.get(s) and manifest.stages[s].status == "running"), None)
+        console.print(f"Run [bold]{manifest.run_id}[/] is running: {TITLES.get(stage or '', 'starting')}.")
+    if manifest.report:
+        console.print(delta_table(manifest))
+        console.print(f"Verdict: {VERDICTS[manifest.report.verdict]}  ", end="")
+        console.print(Text(manifest.report.reason))
+        console.print(
+            Text("Delta is after minus before on the same items; negative is forgetting; 95 % intervals.", "dim")
+        )
+    facts = Table.grid(padding=(0, 2))
+    if manifest.adapter:
+        a = manifest.adapter
+        facts.add_row(
+            "Training",
+            f"{a.method}, {a.steps} steps, {a.supervised_tokens:,} supervised tokens, validation loss "
+            f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}",
+        )
+    if manifest.gguf:
+        facts.add_row("Asked", Text(manifest.gguf.prompt))
+        facts.add_row("It answers", Text(manifest.gguf.sample))
+    for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):
+        if record:
+            facts.add_row(name, Text(_place(record.artifact.uri), no_wrap=True, overflow="ignore"))
+    if manifest.seconds is not None:
+        done = sum(1 for s in manifest.stages.values() if s.status == "reused")
+        facts.add_row("Took", f"{manifest.seconds:.0f} s" + (f", {done} stages reused" if done else ""))
+    if manifest.gguf:
+        facts.add_row("Chat", f"forgetless chat {manifest.run_id}")
+    if manifest.ollama:
+        if manifest.ollama.registered:
+            facts.add_row("Ollama", f"ollama run {manifest.ollama.name}")
+        else:
+            facts.add_row(
+                "Ollama",
+                f"not reachable at {manifest.ollama.url}; later: forgetless export {manifest.run_id} --to ollama",
+            )
+    facts.add_row("Dashboard", "forgetless dashboard")
+    link = f"/runs/flow-run/{manifest.flow_run_id}" if manifest.flow_run_id else ""
+    facts.add_row("Prefect UI", f"prefect server start, then http://127.0.0.1:4200{link}")
+    console.print(facts, soft_wrap=True)
+
+
+def delta_table(manifest: RunManifest) -> Table:
+    """Return the deltas as a table; the target's perplexity ratio stands with its name."""
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for name in ("Capability", "Before", "After", "Delta", "95 % interval", "Budget", "Verdict"):
+        table.add_column(
+            name, justify="left" if name in ("Capability", "Verdict") else "right", no_wrap=name != "Capability"
+        )
+    for d in manifest.report.capabilities if manifest.report else []:
+        sign = "%" if d.unit == "%" else " pt"
+        unit = "bits/byte" if d.measure == "bits_per_byte" else d.measure
+        table.add_row(
+            Text(f"{d.name} ({unit}, {d.role})"),
+            f"{d.before:.3f}",
+            f"{d.after:.3f}",
+            f"{d.delta:+.2f}{sign}",
+            f"{d.low:+.2f} to {d.high:+.2f}",
+            "" if d.budget is None else f"-{d.budget:g}{sign}",
+            Text(d.status, STATUS_STYLE.get(d.status, "yellow")),
+        )
+        if d.perplexity_ratio is not None and d.role == "target":
+            table.add_row(
+                Text("  per-token perplexity, after / before", "dim"), "", f"{d.perplexity_ratio:.3f}", "", "", "", ""
+            )
+    return table
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{plan['recipe']}[/] with the store {_place(plan['store'])}")
+    table = Table.grid(padding=(0, 2))
+    for stage in plan["stages"]:
+        mark = {"reuse": "[cyan]↻[/]", "compute": "•", "always": "•"}[stage["action"]]
+        table.add_row(mark, TITLES[stage["stage"]], stage["action"])
+    console.print(table)
+    for item in plan["detectable"]:
+        if item["detectable"] is not None:
+            enough = "enough" if item["detectable"] <= item["budget"] else "not enough: add items or widen the budget"
+            console.print(
+                f"{item['capability']}: {item['items']} items can show a budget of {item['detectable']} points kept "
+                f"(80 % power, one item in ten changing); yours is {item['budget']:g}: {enough}."
+            )
+
+
+def show_runs(manifests: list[RunManifest], store: Store) -> None:
+    console = Console(highlight=False)
+    if not manifests:
+        console.print(f"There are no runs in {_place(store.url)} yet. Start one with: forgetless run quickstart")
+        return
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for name in ("Run", "Status", "Target", "Worst retention", "Verdict", "Took"):
+        table.add_column(name)
+    for m in manifests:
+        deltas = m.report.capabilities if m.report else []
+        target = next((d for d in deltas if d.primary), None)
+        worst = min(
+            (d for d in deltas if d.role == "retention" and d.budget),
+            key=lambda d: d.delta / (d.budget or 1),
+            default=None,
+        )
+        table.add_row(
+            m.run_id,
+            m.status,
+            f"{target.delta:+.1f} {target.unit}" if target else "",
+            f"{worst.name} {worst.delta:+.1f} {worst.unit}" if worst else "",
+            VERDICTS[m.report.verdict] if m.report else "",
+            f"{m.seconds:.0f} s" if m.seconds is not None else "",
+        )
+    console.print(table)
+
+
+def show_findings(findings: "list[Finding]") -> None:
+    console = Console(highlight=False)
+    marks = {"ok": "[green]✔[/]", "missing": "[red]✘[/]", "absent": "[yellow]–[/]"}
+    table = Table.grid(padding=(0, 2))
+    for f in findings:
+        table.add_row(marks[f.state], f.name, Text(f.found), Text(f.cost, "dim"))
+    console.print(table)
+
+
+def _place(uri: str) -> str:
+    """Return a file:// address as a path, relative to here where it lies below."""
+    if not uri.startswith("file://"):
+        return uri
+    path = Path(unquote(urlparse(uri).path))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,359 @@
+"""Recipes: the typed configuration of a run, read from YAML with every error reported at once.
+
+Paths in a recipe are relative to the recipe's own file. Components never see the whole recipe, only their section.
+"""
+
+import difflib
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.core.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class TemplateName(StrEnum):
+    """`auto` takes the chat template the base model ships; the others are for bases that ship none."""
+
+    AUTO = "auto"
+    CHATML = "chatml"
+    LLAMA2 = "llama2"
+    ALPACA = "alpaca"
+    VICUNA = "vicuna"
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    base: str = Field(
+        description="Hub id (owner/name), local folder, GGUF file, or package:MODULE/FILE.gguf for a file that an "
+        "installed Python package ships.",
+        min_length=1,
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id; resolved to a commit.")
+    template: TemplateName = Field(TemplateName.AUTO, description="Chat template, where the base ships none.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
+
+
+Format = Literal["auto", "alpaca", "sharegpt", "messages"]
+
+
+class SourceConfig(Section):
+    """One file, folder or Hub data set of training rows."""
+
+    path: str = Field(min_length=1, description="Local JSON, JSONL, CSV, TSV or Parquet file, or a Hub data set id.")
+    format: Format = "auto"
+    subset: str | None = Field(None, description="Configuration name of a Hub data set.")
+    split: str = Field("train", description="Split of a Hub data set.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
+    max_rows: int | None = Field(None, ge=1, description="Read at most this many rows.")
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+class DataConfig(Section):
+    """The training data: where it is, how it is split, and what its validation tolerates."""
+
+    sources: Annotated[list[SourceConfig], BeforeValidator(_as_sources)] = Field(min_length=1)
+    validation_share: float = Field(0.06, gt=0, lt=0.5, description="Share of rows held out for the validation loss.")
+    min_rows: int = Field(32, ge=2, description="Fewer usable rows than this stop the run.")
+    max_quarantined_share: float = Field(0.2, ge=0, le=1, description="More unusable rows than this stop the run.")
+    max_chars: int = Field(20_000, ge=100, description="A conversation longer than this is quarantined.")
+
+
+class TrainConfig(Section):
+    """How the adapter is trained."""
+
+    method: Literal["lora", "qlora"] = Field("qlora", description="qlora keeps the base in 4-bit NF4 while training.")
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field("all-linear", description="all-linear, or module names.")
+    learning_rate: float = Field(2e-4, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_share: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: float = Field(3.0, gt=0, le=100)
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.")
+    step_tokens: int = Field(16_384, ge=64, description="Tokens an optimizer step is made of (the effective batch).")
+    pack_tokens: int = Field(2048, ge=64, description="Tokens per packed sequence; a step runs several.")
+    max_tokens: int = Field(2048, ge=16, description="Longest conversation; longer ones are counted and dropped.")
+    validate_every: int = Field(0, ge=0, description="Optimizer steps between validation losses; 0 is ten per run.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def _packs_hold_conversations(self) -> "TrainConfig":
+        if self.max_tokens > self.pack_tokens:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) must not exceed pack_tokens ({self.pack_tokens}): "
+                "a pack must hold the longest conversation"
+            )
+        return self
+
+
+class TaskConfig(Section):
+    """One evaluation task: an lm-eval task by name, or a file of this project's own three shapes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    conversations: str | None = Field(None, description="JSONL of chat messages: bits per byte of the answers.")
+    texts: str | None = Field(None, description="JSONL with a text field: bits per byte of each text.")
+    choices: str | None = Field(None, description="JSONL with context, choices, gold: the right ending among others.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TaskConfig":
+        if len([f for f in (self.conversations, self.texts, self.choices) if f]) > 1:
+            raise ValueError("a task has one of conversations, texts and choices, or none for an lm-eval task")
+        return self
+
+    @property
+    def file(self) -> str | None:
+        return self.conversations or self.texts or self.choices
+
+
+Measure = Literal["bits_per_byte", "acc", "acc_norm", "exact_match"]
+
+
+def _as_tasks(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"name": item} if isinstance(item, str) else item for item in items]
+
+
+class CapabilityConfig(Section):
+    """A named group of tasks, judged by one measure."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    role: Literal["target", "retention"]
+    measure: Measure = "acc"
+    primary: bool = Field(False, description="The target that decides the gain; the first target if none says so.")
+    budget: float | None = Field(
+        None, gt=0, description="Accepted loss: points for accuracies, percent for bits_per_byte."
+    )
+    tasks: Annotated[list[TaskConfig], BeforeValidator(_as_tasks)] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _budget_fits_role(self) -> "CapabilityConfig":
+        if self.role == "target" and self.budget is not None:
+            raise ValueError("only a retention capability has a budget; remove it, or set role: retention")
+        if self.role == "retention" and self.primary:
+            raise ValueError("only a target can be primary")
+        return self
+
+    @property
+    def accepted_loss(self) -> float:
+        """The budget in the measure's unit; by default 3 % of bits per byte, 5 points of accuracy."""
+        return self.budget or (3.0 if self.measure == "bits_per_byte" else 5.0)
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.measure == "bits_per_byte" else "points"
+
+
+class EvalConfig(Section):
+    """What is measured before and after."""
+
+    capabilities: list[CapabilityConfig] = Field(min_length=1)
+    task_folders: list[str] = Field([], description="Folders of lm-eval task YAML files.")
+    builtin_tasks: bool = Field(False, description="Also look tasks up among lm-eval's own (slow to index; hub data).")
+    limit: int | None = Field(None, ge=1, description="Score at most this many items of each task.")
+    batch_tokens: int | None = Field(None, ge=64, description="Tokens per forward pass; chosen by device if not given.")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "EvalConfig":
+        for what, names in (
+            ("capability", [c.name for c in self.capabilities]),
+            ("task", [t.name for c in self.capabilities for t in c.tasks]),
+        ):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{what} {', '.join(twice)} is named twice")
+        targets = [c for c in self.capabilities if c.role == "target"]
+        if not targets:
+            raise ValueError("at least one capability needs role: target, or there is no gain to measure")
+        if len([c for c in targets if c.primary]) > 1:
+            raise ValueError("only one target can be primary")
+        return self
+
+
+Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+
+
+class ExportConfig(Section):
+    """How the tuned model is shipped."""
+
+    quantisations: list[Quantisation] = Field(["f16", "q8_0", "q4_k_m"], min_length=1)
+    serve: Quantisation = Field("q8_0", description="The file that Ollama gets and chat uses.")
+    ollama: bool = Field(True, description="Register in Ollama when it can be reached.")
+    ollama_name: str | None = Field(None, description="Model name in Ollama; the recipe's name if not given.")
+    system: str | None = Field(None, description="System prompt; the template's own default if not given.")
+    prompt: str = Field("Hello! Who are you?", description="What the finished model is asked once, as a smoke test.")
+
+    @model_validator(mode="after")
+    def _registered_file_exists(self) -> "ExportConfig":
+        if self.serve not in self.quantisations:
+            raise ValueError(f"serve: {self.serve} is not among quantisations {self.quantisations}")
+        return self
+
+
+class Recipe(Section):
+    """Everything that decides a run's result."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Names runs and the exported model.")
+    description: str = ""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig
+    export: ExportConfig = ExportConfig()
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with the project."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str | None = None) -> Recipe:
+    """Return the recipe of a shipped name or a YAML file, with `section.key=value` overrides applied and `data`
+    in place of its sources. Raises ConfigError with every problem found."""
+    path = RECIPES / f"{name_or_path}.yaml" if re.fullmatch(r"[\w.-]+", name_or_path) else Path(name_or_path)
+    if not path.is_file() and Path(name_or_path).is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, shipped_recipes(), 1)
+        raise ConfigError(
+            f"There is no recipe {name_or_path!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+            f"Expected a YAML file or one of: {', '.join(shipped_recipes())}."
+        )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping with name, model, data and eval; found {_kind(raw)}.")
+    problems = _apply_overrides(raw, overrides or [])
+    _make_paths_absolute(raw, path.resolve().parent)
+    if data is not None:  # after the recipe's own paths: this one is relative to where the user stands
+        section = raw.setdefault("data", {})
+        if isinstance(section, dict):
+            section["sources"] = [_local_or_hub(data, Path.cwd())]
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([*problems, *(_sentence(e, path) for e in error.errors())]) from None
+    if problems:
+        raise ConfigError(problems)
+    return recipe
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: list[str]) -> list[str]:
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"--set {override!r}: expected section.key=value, such as train.rank=8.")
+            continue
+        *parents, last = key.strip().split(".")
+        node: Any = raw
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            problems.append(f"--set {override!r}: {'.'.join(parents)} is not a section.")
+            continue
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            problems.append(f"--set {override!r}: {text!r} is not a valid value.")
+    return problems
+
+
+def _local_or_hub(path: str, folder: Path) -> str:
+    """Return `path` made absolute, unless it is a URL, a packaged file, or an id (owner/name) that is not a local file.
+    What looks like a file name (it has a suffix, or starts with . or ~) is a file even if it is absent."""
+    if "://" in path or path.startswith("package:"):
+        return path
+    absolute = (folder / Path(path).expanduser()).absolute()
+    is_id = re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not re.search(r"\.(jsonl?|csv|tsv|parquet|gguf)$", path)
+    return path if is_id and not absolute.exists() else str(absolute)
+
+
+def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
+    """Rewrite, in place, every path of a raw recipe that is relative to the recipe's folder."""
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("base"), str):
+        model["base"] = _local_or_hub(model["base"], folder)
+    data = raw.get("data")
+    if isinstance(data, dict) and data.get("sources"):
+        sources = _as_sources(data["sources"])
+        for source in sources:
+            if isinstance(source, dict) and isinstance(source.get("path"), str):
+                source["path"] = _local_or_hub(source["path"], folder)
+        data["sources"] = sources
+    evaluation = raw.get("eval")
+    if isinstance(evaluation, dict):
+        if isinstance(evaluation.get("task_folders"), list):
+            evaluation["task_folders"] = [
+                str((folder / f).absolute()) if isinstance(f, str) else f for f in evaluation["task_folders"]
+            ]
+        capabilities = evaluation.get("capabilities")
+        for capability in capabilities if isinstance(capabilities, list) else []:
+            tasks = capability.get("tasks") if isinstance(capability, dict) else None
+            for task in tasks if isinstance(tasks, list) else []:
+                for key in ("conversations", "texts", "choices"):
+                    if isinstance(task, dict) and isinstance(task.get(key), str):
+                        task[key] = str((folder / task[key]).absolute())
+
+
+def _sentence(error: Any, path: Path) -> str:
+    """Return one sentence for a pydantic error: where, what was expected, what was found, the nearest valid key."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        *parents, key = error["loc"]
+        valid = _valid_keys(parents)
+        near = difflib.get_close_matches(str(key), valid, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}."
+        return f"{path.name}: {where}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{path.name}: {where}: required, but missing."
+    message = error["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict | BaseModel) else f", found {error['input']!r}"
+    return f"{path.name}: {where or 'recipe'}: {message[0].lower()}{message[1:]}{found}."
+
+
+def _valid_keys(parents: list[Any]) -> list[str]:
+    """Return the field names of the section at `parents` (names and list indices), by following annotations."""
+    model: type[BaseModel] = Recipe
+    for part in parents:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        inner = _section_of(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for s in map(_section_of, getattr(annotation, "__args__", ())) if s), None)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,121 @@
+"""The run manifest: the only contract between a run and those who look at it. Versioned, rewritten after each stage."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.core.config import Recipe
+from tasks.core.digest import canonical_json
+from tasks.core.errors import ForgetlessError, StoreError
+from tasks.core.records import (
+    AdapterRef,
+    ArtifactRef,
+    BaseRef,
+    DataReport,
+    DatasetRef,
+    ForgettingReport,
+    GgufRef,
+    ModelRef,
+    OllamaRef,
+    ScoreSheet,
+)
+from tasks.core.store import Store
+
+VERSION = 1
+RUN_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
+STAGES = ("base", "dataset", "validate", "before", "train", "after", "compare", "merge", "gguf", "ollama", "publish")
+# Each entry turns a manifest of version N (a plain dict) into one of version N + 1.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+Status = Literal["pending", "running", "computed", "reused", "skipped", "failed"]
+
+
+class StageState(BaseModel):
+    status: Status = "pending"
+    seconds: float | None = None
+    uri: str | None = None
+    note: str = ""
+
+
+class RunManifest(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    version: int = VERSION
+    run_id: str
+    recipe: Recipe
+    status: Literal["running", "completed", "failed"] = "running"
+    started: datetime
+    finished: datetime | None = None
+    error: str | None = None
+    flow_run_id: str | None = None
+    stages: dict[str, StageState] = {}
+    base: BaseRef | None = None
+    dataset: DatasetRef | None = None
+    data_report: DataReport | None = None
+    before: ScoreSheet | None = None
+    adapter: AdapterRef | None = None
+    after: ScoreSheet | None = None
+    report: ForgettingReport | None = None
+    merged: ModelRef | None = None
+    gguf: GgufRef | None = None
+    ollama: OllamaRef | None = None
+    card: ArtifactRef | None = None
+    environment: dict[str, str] = {}
+    """Library versions, Python, machine: recorded, never part of a key."""
+
+    @property
+    def seconds(self) -> float | None:
+        return (self.finished - self.started).total_seconds() if self.finished else None
+
+
+def new_run_id(name: str, now: datetime | None = None) -> str:
+    """Return `name` with the time in UTC to the millisecond: sorts by time, names a folder."""
+    return f"{name}-{(now or datetime.now(UTC)).strftime('%Y%m%d-%H%M%S-%f')[:-3]}"
+
+
+def manifest_path(run_id: str) -> str:
+    if not RUN_ID.match(run_id):
+        raise ForgetlessError(f"{run_id!r} is not a run's name: expected lower-case letters, digits, dots and dashes.")
+    return f"runs/{run_id}/manifest.json"
+
+
+def write_manifest(store: Store, manifest: RunManifest) -> None:
+    store.write_bytes(manifest_path(manifest.run_id), canonical_json(manifest.model_dump(mode="json")))
+
+
+def read_manifest(store: Store, run_id: str) -> RunManifest:
+    """Return a run's manifest, upgraded to today's version. `latest` is the newest run.
+    Raises ForgetlessError if there is none, StoreError if it cannot be read."""
+    if run_id == "latest":
+        run_id = next(iter(reversed(run_ids(store))), "")
+        if not run_id:
+            raise ForgetlessError(f"There are no runs in {store.url} yet. Start one with: forgetless run quickstart")
+    data = store.read_bytes(manifest_path(run_id))
+    if data is None:
+        raise ForgetlessError(f"There is no run {run_id!r} in {store.url}. List them with: forgetless runs")
+    return parse_manifest(data, run_id)
+
+
+def parse_manifest(data: bytes, run_id: str) -> RunManifest:
+    import json
+
+    try:
+        raw = json.loads(data)
+        if raw["version"] > VERSION:
+            raise StoreError(
+                f"Run {run_id} was written by a newer version (manifest {raw['version']}, this reads {VERSION}). "
+                "Upgrade forgetless to read it."
+            )
+        while raw["version"] < VERSION:
+            raw = UPGRADES[raw["version"]](raw)
+        return RunManifest.model_validate(raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"The manifest of run {run_id} cannot be read: {error}") from None
+
+
+def run_ids(store: Store) -> list[str]:
+    """Return the names of all runs, oldest first."""
+    return sorted(store.list_folders("runs"), key=lambda run_id: run_id.rsplit("-", 3)[1:])

@@ -1,0 +1,195 @@
+"""Records: the small typed facts that cross a stage, a process or a work pool. Never a model or a client."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)  # a newer writer may know more than this reader
+
+
+class ArtifactRef(Record):
+    """A finished artifact: `key` names what it was made from, `content` is the digest of its files' bytes."""
+
+    kind: str
+    key: str
+    uri: str
+    content: str
+    size_bytes: int
+    reused: bool = False
+
+
+class ArtifactRecord(Record):
+    """A record whose bytes are in the store."""
+
+    artifact: ArtifactRef
+
+
+class BaseRef(ArtifactRecord):
+    """The base model as a Hugging Face folder in the store, dequantised where it came as GGUF."""
+
+    source: str
+    revision: str | None
+    license: str | None
+    template: str
+    parameters: int
+    max_tokens: int
+
+
+class DatasetRef(ArtifactRecord):
+    rows: dict[str, int]
+    """Rows by split: train, validation."""
+    read: int
+    quarantined: dict[str, int]
+    """Quarantined rows by reason; read = kept + quarantined, always."""
+    repaired: dict[str, int] = {}
+    """Kept rows by what was mended in them, such as a trailing user turn that was cut."""
+    sources: list[str]
+    formats: dict[str, int]
+
+
+class Check(Record):
+    expectation: str
+    severity: Literal["critical", "warning", "info"]
+    passed: bool
+    observed: str
+
+
+class DataReport(ArtifactRecord):
+    passed: bool
+    checks: list[Check]
+
+
+class TaskScore(Record):
+    """One task's scores. Accuracies are fractions, bits_per_byte is nats / ln 2 / UTF-8 bytes over all items."""
+
+    task: str
+    n: int
+    acc: float | None = None
+    acc_stderr: float | None = None
+    acc_norm: float | None = None
+    exact_match: float | None = None
+    bits_per_byte: float | None = None
+    token_perplexity: float | None = None
+    chance: float | None = None
+    version: str = "0"
+
+
+class ScoreSheet(ArtifactRecord):
+    """`artifact` holds items.jsonl, one ItemScore a line. `settings` must be equal for two sheets to be compared."""
+
+    tasks: list[TaskScore]
+    settings: dict[str, str]
+    seconds: float
+
+
+class ItemScore(Record):
+    """One item of a task. `doc` and `prompt` are digests; `margin` is the log-probability of the gold answer minus that
+    of the best other one (nats); `nll` is minus the log-likelihood in nats of `size_bytes` bytes, `tokens` tokens."""
+
+    task: str
+    doc: str
+    prompt: str
+    cluster: str | None = None
+    acc: float | None = None
+    acc_norm: float | None = None
+    exact_match: float | None = None
+    margin: float | None = None
+    nll: float | None = None
+    size_bytes: int | None = None
+    tokens: int | None = None
+
+
+class TrainPoint(Record):
+    """One point of the training curve; losses in nats per supervised token."""
+
+    step: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+
+
+class AdapterRef(ArtifactRecord):
+    method: str
+    trainable_parameters: int
+    steps: int
+    tokens: int
+    supervised_tokens: int
+    dropped_too_long: int
+    seconds: float
+    dtype: str
+    first_validation_loss: float
+    last_validation_loss: float
+    curve: list[TrainPoint]
+
+
+class Delta(Record):
+    """After minus before of one task or capability, signed so that negative always means forgetting.
+
+    acc, acc_norm, exact_match: before and after are fractions, delta, low, high and budget are points (x 100).
+    bits_per_byte: before and after are bits, delta, low, high and budget are percent of before."""
+
+    name: str
+    role: Literal["target", "retention"]
+    measure: str
+    unit: str
+    before: float
+    after: float
+    delta: float
+    low: float
+    high: float
+    n: int
+    clusters: int | None = None
+    primary: bool = False
+    budget: float | None = None
+    status: Literal["gained", "lost", "unclear", "kept", "forgot", "inconclusive", "at chance"]
+    counts: bool = True
+    """Whether the verdict takes it into account."""
+    lost_items: int | None = None
+    gained_items: int | None = None
+    mcnemar_p: float | None = None
+    margin_delta: float | None = None
+    margin_low: float | None = None
+    margin_high: float | None = None
+    perplexity_ratio: float | None = None
+    """Per-token perplexity after, divided by before (bits_per_byte only)."""
+    items_to_settle: int | None = None
+    tasks: list[str] = []
+
+
+class ForgettingReport(ArtifactRecord):
+    capabilities: list[Delta]
+    tasks: list[Delta]
+    verdict: Literal["promote", "reject", "inconclusive"]
+    reason: str
+
+
+class ModelRef(ArtifactRecord):
+    dtype: str
+
+
+class GgufRef(ArtifactRecord):
+    files: dict[str, str]
+    """File name in the artifact by quantisation."""
+    sha256: dict[str, str]
+    sizes_bytes: dict[str, int]
+    modelfile: str
+    system: str | None
+    """System prompt of the Modelfile: the recipe's, or the one the chat template adds by itself."""
+    prompt: str
+    sample: str
+    """What the registered file answered to `prompt`, greedily, through llama.cpp."""
+    stopped: bool
+
+
+class OllamaRef(Record):
+    name: str
+    url: str
+    registered: bool
+    digest: str | None = None
+    sample: str | None = None
+    note: str = ""
+    """Where it was not registered: why, and the command that does it later."""

@@ -1,0 +1,61 @@
+"""Where things are on this machine: read from the environment, never part of a recipe or a digest."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+STORE_VARIABLE = "FORGETLESS_STORE"
+OLLAMA_VARIABLE = "OLLAMA_HOST"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`store_url`: file:///folder or s3://bucket/prefix. `cache`: folder for local copies of remote artifacts.
+    `ollama_url`: base URL of the Ollama server."""
+
+    store_url: str
+    cache: Path
+    ollama_url: str
+
+
+def read_settings(store: str | None = None) -> Settings:
+    """Return the settings of this process; `store` (from the command line) wins over the environment."""
+    url = store or os.environ.get(STORE_VARIABLE) or ".forgetless"
+    if "://" not in url:
+        url = Path(url).expanduser().absolute().as_uri()
+    cache = Path(os.environ.get("FORGETLESS_CACHE") or Path.home() / ".cache" / "forgetless")
+    host = os.environ.get(OLLAMA_VARIABLE) or "127.0.0.1:11434"
+    return Settings(store_url=url.rstrip("/"), cache=cache, ollama_url=ollama_url(host))
+
+
+def ollama_url(host: str) -> str:
+    """Return `host` as a base URL, with Ollama's own defaults for scheme and port."""
+    scheme, _, rest = host.rpartition("://")
+    name, _, path = rest.partition("/")
+    if name.startswith("0.0.0.0"):  # what a server binds to, not what a client can call
+        name = name.replace("0.0.0.0", "127.0.0.1", 1)
+    if ":" not in name and scheme != "https":
+        name += ":11434"
+    return f"{scheme or 'http'}://{name}{'/' + path if path else ''}".rstrip("/")
+
+
+def quiet_libraries() -> None:
+    """Turn off the telemetry, progress bars and notices of our dependencies that a user cannot act on, and let their
+    threads share a busy machine.
+    Must run before those libraries are imported; what the user has set in the environment stays."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "GX_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Waiting threads yield soon: with another busy process on two cores the default made a step 10 times slower.
+        "GOMP_SPINCOUNT": "100000",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",  # lm-eval's and transformers' bars; ours show the same work with its stage
+        "BITSANDBYTES_NOWELCOME": "1",
+    }.items():
+        os.environ.setdefault(name, value)

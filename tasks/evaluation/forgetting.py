@@ -1,0 +1,216 @@
+"""Deltas and the verdict: two score sheets of the same items, compared item by item.
+
+The statistics are in tasks.core.paired; here items are paired, sheets that must not be compared are refused, and
+tasks at chance are set aside ("it cannot forget what it does not know")."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tasks.core.config import CapabilityConfig, EvalConfig
+from tasks.core.errors import ComparisonError
+from tasks.core.paired import (
+    PairedChange,
+    Retention,
+    Target,
+    accuracy_change,
+    judge,
+    mean_change,
+    ratio_change,
+)
+from tasks.core.records import Delta, ItemScore, ScoreSheet, TaskScore
+
+Pairs = list[tuple[ItemScore, ItemScore]]
+
+
+def compare_scores(
+    config: EvalConfig,
+    before: ScoreSheet,
+    before_items: Sequence[ItemScore],
+    after: ScoreSheet,
+    after_items: Sequence[ItemScore],
+) -> dict[str, Any]:
+    """Return ForgettingReport's fields: after minus before per capability and per task, and the verdict, signed so
+    that negative always means forgetting. Raises ComparisonError if the sheets are not about the same thing."""
+    _check_settings(before, after)
+    pairs = _pair(before_items, after_items)
+    chance = {score.task: score for score in before.tasks}
+    targets: list[Target] = []
+    retentions: list[Retention] = []
+    drafts: dict[str, tuple[CapabilityConfig, Pairs, PairedChange, bool]] = {}
+    primary = next((c.name for c in config.capabilities if c.primary), None)
+    primary = primary or next(c.name for c in config.capabilities if c.role == "target")
+    for capability in config.capabilities:
+        # A whole task may be set aside, never single items: choosing items by the base's answers would bias the delta.
+        known = [t.name for t in capability.tasks if not _at_chance(capability, chance[t.name])]
+        counts = capability.role == "target" or bool(known)
+        names = [t.name for t in capability.tasks] if capability.role == "target" or not known else known
+        chosen = [pair for name in names for pair in pairs[name]]
+        change = _change(capability, chosen, config.seed)
+        drafts[capability.name] = (capability, chosen, change, counts)
+        if capability.role == "target":
+            targets.append(Target(capability.name, change, primary=capability.name == primary))
+        elif counts:
+            retentions.append(Retention(capability.name, change, capability.accepted_loss))
+    verdict = judge(targets, retentions)
+    findings = {finding.name: finding for finding in verdict.findings}
+    capabilities = []
+    tasks = []
+    for name, (capability, chosen, change, counts) in drafts.items():
+        finding = findings.get(name)
+        capabilities.append(
+            _delta(
+                name,
+                capability,
+                chosen,
+                change,
+                status=finding.status if finding else "at chance",
+                counts=counts,
+                primary=name == primary,
+                items_needed=finding.items_needed if finding else None,
+                tasks=sorted({before_item.task for before_item, _ in chosen}),
+            )
+        )
+        for task in capability.tasks:
+            if len(capability.tasks) > 1:
+                change = _change(capability, pairs[task.name], config.seed)
+                at_chance = capability.role == "retention" and _at_chance(capability, chance[task.name])
+                status = "at chance" if at_chance else _plain_status(capability, change)
+                tasks.append(
+                    _delta(task.name, capability, pairs[task.name], change, status=status, counts=False, primary=False)
+                )
+    return {
+        "capabilities": [d.model_dump() for d in capabilities],
+        "tasks": [d.model_dump() for d in tasks],
+        "verdict": verdict.outcome,
+        "reason": verdict.reason,
+    }
+
+
+def _check_settings(before: ScoreSheet, after: ScoreSheet) -> None:
+    for name in sorted({*before.settings, *after.settings}):
+        if before.settings.get(name) != after.settings.get(name):
+            raise ComparisonError(
+                f"The two score sheets differ in {name}: {before.settings.get(name)} before, "
+                f"{after.settings.get(name)} after. Score both with the same settings."
+            )
+    versions = {s.task: s.version for s in before.tasks}
+    for score in after.tasks:
+        if versions.get(score.task) != score.version:
+            raise ComparisonError(
+                f"Task {score.task} was scored in version {versions.get(score.task)} before and {score.version} after. "
+                "Score the base again."
+            )
+
+
+def _pair(before: Sequence[ItemScore], after: Sequence[ItemScore]) -> dict[str, Pairs]:
+    """Return the items of each task side by side, matched by document; the prompts must be equal too."""
+    if len(before) != len(after):
+        raise ComparisonError(f"The score sheets have {len(before)} and {len(after)} items. Score the base again.")
+    result: dict[str, Pairs] = {}
+    for a, b in zip(before, after, strict=True):
+        if (a.task, a.doc) != (b.task, b.doc):
+            raise ComparisonError(f"Task {a.task} was scored on other items or in another order. Score the base again.")
+        if a.prompt != b.prompt:
+            raise ComparisonError(f"Task {a.task} was scored with another prompt. Score the base again.")
+        result.setdefault(a.task, []).append((a, b))
+    return result
+
+
+def _change(capability: CapabilityConfig, pairs: Pairs, seed: int) -> PairedChange:
+    field = "nll" if capability.measure == "bits_per_byte" else capability.measure
+    before, after = _values(pairs, field, capability.measure)
+    clusters = _clusters(pairs)
+    if capability.measure == "bits_per_byte":
+        return ratio_change(before, after, clusters=clusters, seed=seed)
+    return accuracy_change(before, after, clusters=clusters)
+
+
+def _values(pairs: Pairs, field: str, measure: str) -> tuple[list[float], list[float]]:
+    columns: tuple[list[float], list[float]] = ([], [])
+    for pair in pairs:
+        for column, item in zip(columns, pair, strict=True):
+            value = getattr(item, field)
+            if value is None:
+                raise ComparisonError(
+                    f"Task {item.task} gives no {measure}. Choose another eval measure for its capability."
+                )
+            column.append(value)
+    return columns
+
+
+def _clusters(pairs: Pairs) -> list[str] | None:
+    """Return each item's cluster (subject or conversation), or None where every item stands alone."""
+    names = [f"{a.task}/{a.cluster if a.cluster is not None else a.doc}" for a, _ in pairs]
+    return names if 1 < len(set(names)) < len(names) else None
+
+
+def _at_chance(capability: CapabilityConfig, score: TaskScore) -> bool:
+    """Return whether a base that only guesses would do as well (one-sided, 5 %, normal approximation)."""
+    value = getattr(score, capability.measure, None)
+    if capability.measure == "bits_per_byte" or score.chance is None or value is None:
+        return False
+    return bool(value <= score.chance + 1.645 * math.sqrt(score.chance * (1 - score.chance) / score.n))
+
+
+def _plain_status(capability: CapabilityConfig, change: PairedChange) -> str:
+    """Return the status of one task of several: it informs, and claims nothing, so it is not corrected."""
+    low, high = change.interval.low, change.interval.high
+    if capability.role == "target":
+        return "gained" if low > 0 else "lost" if high < 0 else "unclear"
+    budget = capability.accepted_loss
+    return "kept" if low > -budget else "forgot" if high < -budget else "inconclusive"
+
+
+def _delta(
+    name: str,
+    capability: CapabilityConfig,
+    pairs: Pairs,
+    change: PairedChange,
+    *,
+    status: str,
+    counts: bool,
+    primary: bool,
+    items_needed: int | None = None,
+    tasks: list[str] | None = None,
+) -> Delta:
+    fields: dict[str, Any] = {}
+    if capability.measure == "bits_per_byte":
+        size = sum(a.size_bytes or 0 for a, _ in pairs) * math.log(2)
+        tokens = sum(a.tokens or 0 for a, _ in pairs)
+        nll = [sum(pair[i].nll or 0.0 for pair in pairs) for i in (0, 1)]
+        before, after = nll[0] / size, nll[1] / size
+        fields["perplexity_ratio"] = math.exp((nll[1] - nll[0]) / tokens) if tokens else None
+    else:
+        columns = _values(pairs, capability.measure, capability.measure)
+        before, after = (sum(column) / len(column) for column in columns)
+        if all(a.margin is not None and b.margin is not None for a, b in pairs):
+            margin = mean_change([a.margin for a, _ in pairs], [b.margin for _, b in pairs], clusters=_clusters(pairs))
+            fields |= {
+                "margin_delta": margin.delta,
+                "margin_low": margin.interval.low,
+                "margin_high": margin.interval.high,
+            }
+    return Delta(
+        name=name,
+        role=capability.role,
+        measure=capability.measure,
+        unit=capability.unit,
+        before=before,
+        after=after,
+        delta=change.delta,
+        low=change.interval.low,
+        high=change.interval.high,
+        n=len(pairs),
+        clusters=change.clusters,
+        primary=primary,
+        budget=capability.accepted_loss if capability.role == "retention" else None,
+        status=status,  # type: ignore[arg-type]  # checked by the record itself
+        counts=counts,
+        lost_items=change.lost,
+        gained_items=change.gained,
+        mcnemar_p=change.mcnemar_p,
+        items_to_settle=items_needed,
+        tasks=tasks or [],
+        **fields,
+    )

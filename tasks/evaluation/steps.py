@@ -1,0 +1,77 @@
+"""Scoring and comparing as Prefect tasks."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from tasks.core.config import EvalConfig, ModelConfig
+from tasks.core.progress import report_progress
+from tasks.core.records import AdapterRef, BaseRef, ForgettingReport, ItemScore, ScoreSheet
+from tasks.core.settings import read_settings
+from tasks.core.stages import comparison_stage, precision, scores_stage
+from tasks.core.store import Store, open_store, stored
+from tasks.policy import STAGE_OPTIONS
+
+ITEMS = "items.jsonl"
+
+
+@task(name="score-model", task_run_name="score-{moment}", **STAGE_OPTIONS)
+def score_model(
+    model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: AdapterRef | None, store_url: str, moment: str
+) -> ScoreSheet:
+    """Return the scores of the base, or of base and adapter as they will be shipped; items are in the store.
+
+    `moment` (before, after) only names the progress shown."""
+    from tasks.evaluation.suite import suite_digest
+
+    store = open_store(read_settings(store_url))
+    stage = scores_stage(evaluation, suite_digest(evaluation), base, adapter, model.trust_remote_code)
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.harness import score_model as score
+        from tasks.models.base import open_base
+        from tasks.models.load import free_memory, load_shipped, load_tokenizer, pick_dtype
+
+        started = time.monotonic()
+        report_progress(moment, 0, 0, "loading the model")
+        where = open_base(store, base)
+        weights = store.local_folder(adapter.artifact) if adapter else None
+        loaded = load_shipped(
+            where,
+            weights,
+            adapter.method if adapter else "lora",
+            pick_dtype("auto"),
+            precision()["device"],
+            model.trust_remote_code,
+        )
+        tokenizer = load_tokenizer(where, base.template, model.trust_remote_code)
+        tasks, items = score(loaded, tokenizer, evaluation, lambda done, total: report_progress(moment, done, total))
+        (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items), encoding="utf-8")
+        del loaded
+        free_memory()
+        settings = {**precision(), "limit": str(evaluation.limit), "seed": str(evaluation.seed)}
+        return {"tasks": [t.model_dump() for t in tasks], "settings": settings, "seconds": time.monotonic() - started}
+
+    return stored(store, stage, ScoreSheet, make)
+
+
+@task(name="compare-scores", **STAGE_OPTIONS)
+def compare_scores(evaluation: EvalConfig, before: ScoreSheet, after: ScoreSheet, store_url: str) -> ForgettingReport:
+    """Return the deltas with their intervals, and the verdict."""
+    store = open_store(read_settings(store_url))
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.forgetting import compare_scores as compare
+
+        fields = compare(evaluation, before, read_items(store, before), after, read_items(store, after))
+        (folder / "report.json").write_text(ForgettingReport(artifact=before.artifact, **fields).model_dump_json())
+        return fields
+
+    return stored(store, comparison_stage(evaluation, before, after), ForgettingReport, make)
+
+
+def read_items(store: Store, sheet: ScoreSheet) -> list[ItemScore]:
+    lines = (store.local_folder(sheet.artifact) / ITEMS).read_text(encoding="utf-8").splitlines()
+    return [ItemScore.model_validate_json(line) for line in lines]

@@ -1,0 +1,157 @@
+"""The tasks of an evaluation, as lm-eval understands them: its own by name, and three plain file shapes.
+
+A file task is an lm-eval ConfigurableTask over rows read here, so scoring, few-shot and logging stay lm-eval's."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tasks.core.config import EvalConfig, TaskConfig
+from tasks.core.digest import content_digest, file_sha256
+from tasks.core.errors import ConfigError
+from tasks.models.template import render
+
+DATA_FILE = re.compile(r"[^\s'\"{}\[\],:]+\.(?:jsonl?|csv|tsv|parquet|txt)\b")
+
+
+def suite_digest(config: EvalConfig) -> str:
+    """Return what identifies the items and prompts of a suite: the content of its files, the names of the others.
+    Raises ConfigError for a file that is absent."""
+    files: dict[str, str] = {}
+    problems = []
+    for task in (t for c in config.capabilities for t in c.tasks):
+        if task.file is None:
+            files[f"name:{task.name}"] = task.name
+        elif Path(task.file).is_file():
+            files[f"file:{task.name}"] = file_sha256(Path(task.file))
+        else:
+            problems.append(
+                f"eval task {task.name}: the file {task.file} is not there. Correct its path in the recipe."
+            )
+    for folder in map(Path, config.task_folders):
+        if not folder.is_dir():
+            problems.append(f"eval.task_folders: {folder} is not a folder. Correct its path in the recipe.")
+            continue
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in {".yaml", ".py"}):
+            files[path.relative_to(folder).as_posix()] = file_sha256(path)
+            for name in DATA_FILE.findall(path.read_text(encoding="utf-8")):
+                if Path(name).is_file():  # lm-eval reads data_files relative to where the run was started
+                    files[name] = file_sha256(Path(name))
+    if problems:
+        raise ConfigError(problems)
+    return content_digest(files)
+
+
+def build_tasks(config: EvalConfig, tokenizer: Any) -> tuple[list[Any], Any]:
+    """Return what lm_eval.simple_evaluate takes as tasks, and the TaskManager that knows the named ones.
+    Raises ConfigError for names it does not know and rows of the wrong shape."""
+    from lm_eval.tasks import TaskManager
+
+    wanted = [t for c in config.capabilities for t in c.tasks]
+    named = [t.name for t in wanted if t.file is None]
+    manager = TaskManager(
+        include_path=config.task_folders or None, include_defaults=config.builtin_tasks, verbosity="ERROR"
+    )
+    unknown = [name for name in named if name not in manager.all_tasks]
+    if unknown:
+        where = ", ".join(config.task_folders) or "no task_folders"
+        raise ConfigError(
+            [
+                f"eval task {name}: unknown (looked in {where}"
+                f"{'' if config.builtin_tasks else '; set eval.builtin_tasks: true for lm-eval tasks of that name'})."
+                for name in unknown
+            ]
+        )
+    return [*named, *(_file_task(t, tokenizer) for t in wanted if t.file is not None)], manager
+
+
+def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    assert task.file is not None
+    rows = _read_jsonl(Path(task.file))
+    shapes: dict[str, dict[str, Any]] = {
+        "conversations": {
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{context}}",
+            "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+        },
+        "texts": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        "choices": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "metric_list": [
+                {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
+            ],
+        },
+    }
+    try:
+        if task.conversations:
+            shape, docs = "conversations", _answer_docs(rows, tokenizer)
+        elif task.texts:
+            shape, docs = "texts", [{"text": row["text"]} for row in rows]
+        else:
+            shape, docs = "choices", [_choice_doc(row) for row in rows]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"eval task {task.name}: a row of {task.file} has not the expected shape ({error!r}). Expected "
+            "conversations: {messages}, texts: {text}, choices: {context, choices, gold}."
+        ) from None
+    if not docs:
+        raise ConfigError(f"eval task {task.name}: {task.file} has no rows, so there is nothing to score.")
+    dataset = Dataset.from_list(docs)
+    return ConfigurableTask(
+        config={
+            "task": task.name,
+            "custom_dataset": lambda **_: {"test": dataset},
+            "test_split": "test",
+            "target_delimiter": "",
+            "metadata": {"version": 1},
+            **shapes[shape],
+        }
+    )
+
+
+def _answer_docs(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return one document per assistant turn: the prompt as the chat template renders it, and the answer's text."""
+    docs = []
+    for number, row in enumerate(rows):
+        messages = row["messages"]
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                context = render(tokenizer, messages[:i], answer_next=True)
+                rest = render(tokenizer, messages[: i + 1])[len(context) :]
+                end = rest.index(message["content"].strip()) + len(message["content"].strip())
+                docs.append({"context": context, "answer": rest[:end], "cluster": str(number)})
+    return docs
+
+
+def _choice_doc(row: dict[str, Any]) -> dict[str, Any]:
+    context, choices, gold = row["context"], row["choices"], row["gold"]
+    if not 0 <= gold < len(choices):
+        raise ValueError(f"gold {gold} is outside the {len(choices)} choices")
+    # Words are set apart by a space; Chinese is not.
+    space = " " if context and context[-1].isascii() and not context[-1].isspace() else ""
+    return {"context": context, "choices": [space + c for c in choices], "gold": gold, "cluster": row.get("cluster")}
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ConfigError(f"{path}:{number}: not valid JSON ({error}).") from None
+    return rows

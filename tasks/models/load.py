@@ -1,0 +1,156 @@
+"""Models in memory: loaded in the precision this device does well, quantised for training, merged as shipped."""
+
+import contextlib
+import functools
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+from tasks.core.config import ModelConfig
+from tasks.core.errors import ModelError
+from tasks.core.hardware import resolve_dtype
+from tasks.models.template import apply_named_template
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
+
+
+def pick_dtype(wanted: str) -> torch.dtype:
+    """Return the torch type of a precision by name; auto is what this device does well."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[resolve_dtype(wanted)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dequantise_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder in float32, which holds every value exactly."""
+    try:
+        with _parse_gguf_once():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0]}") from error
+    # Else save_pretrained writes a config that asks for the GGUF quantiser again.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _parse_gguf_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file's header once: it does so three times (4 s each for 49,152 tokens), and makes
+    the same table of tensor names anew for every module (another 5 s)."""
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
+
+
+def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer with a chat template. Raises ModelError where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    apply_named_template(tokenizer, template, str(folder))
+    return tokenizer
+
+
+def describe_model(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Return the parameter count and context length, read without loading weights; checks the chat template."""
+    load_tokenizer(folder, config.template.value, config.trust_remote_code)
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    return {"parameters": model.num_parameters(), "max_tokens": int(model_config.max_position_embeddings)}
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, device: str, nf4: bool = False, trust_remote_code: bool = False
+) -> Any:
+    """Return the model in `dtype`, in eval mode; with `nf4` its linear layers in 4-bit NF4 with double quantisation."""
+    options: dict[str, Any] = {}
+    if nf4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device},
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        **options,
+    )
+    return model.eval()
+
+
+def load_shipped(
+    folder: Path, adapter: Path | None, method: str, dtype: torch.dtype, device: str, trust_remote_code: bool = False
+) -> Any:
+    """Return the model with the adapter merged, exactly as it will be shipped: for QLoRA on the *dequantised* NF4 base.
+
+    Merging into the 16-bit base instead would ship a model that was never trained (mean KL 1.4 against 0.001)."""
+    model = load_model(folder, dtype, device, nf4=method == "qlora", trust_remote_code=trust_remote_code)
+    if method == "qlora":
+        dequantise_nf4(model, dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    return model.eval()
+
+
+def dequantise_nf4(model: Any, dtype: torch.dtype) -> None:
+    """Replace, in place, every 4-bit layer by a plain one that holds the values it was trained with."""
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            plain = torch.nn.Linear(
+                module.in_features, module.out_features, bias=False, dtype=dtype, device=weight.device
+            )
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            plain.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized, model.is_loaded_in_4bit = None, False, False
+
+
+def free_memory() -> None:
+    """Give back what a finished stage held, so that the next one starts from an empty machine."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere the allocator decides
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

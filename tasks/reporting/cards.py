@@ -1,0 +1,99 @@
+"""What a run says of itself in words: the model card and the table of deltas, as Markdown.
+
+Text from users and models is escaped: a card is shown in the Prefect UI and on hubs."""
+
+import html
+import re
+
+from tasks.core.manifest import RunManifest
+from tasks.core.records import Delta
+
+SYMBOLS = {"promote": "✔ promote", "reject": "✘ reject", "inconclusive": "? inconclusive"}
+
+
+def write_card(manifest: RunManifest) -> str:
+    """Return the Markdown card of a finished run: what it is, what it gained and forgot, how it was made."""
+    recipe = manifest.recipe
+    parts = [f"# {recipe.name}", ""]
+    if recipe.description:
+        parts += [escape(recipe.description), ""]
+    if manifest.report:
+        parts += [f"**Verdict: {SYMBOLS[manifest.report.verdict]}.** {escape(manifest.report.reason)}", ""]
+        parts += [delta_table(manifest.report.capabilities), ""]
+        parts += [
+            "Deltas are after minus before on the same items, signed so that negative is forgetting, with 95 % "
+            "intervals over items (not over training seeds).",
+            "",
+        ]
+    facts: list[tuple[str, str]] = []
+    if manifest.base:
+        facts.append(
+            ("Base", f"{manifest.base.source}" + (f" @ {manifest.base.revision}" if manifest.base.revision else ""))
+        )
+        facts.append(("Base licence", manifest.base.license or "not stated"))
+    if manifest.dataset:
+        facts.append(("Data", ", ".join(manifest.dataset.sources)))
+        rows = ", ".join(f"{count} {split}" for split, count in manifest.dataset.rows.items())
+        facts.append(
+            ("Rows", f"{manifest.dataset.read} read: {rows}, {sum(manifest.dataset.quarantined.values())} quarantined")
+        )
+    if manifest.adapter:
+        a, t = manifest.adapter, recipe.train
+        facts.append(
+            ("Method", f"{t.method}, rank {t.rank}, alpha {t.alpha}, learning rate {t.learning_rate:g}, {t.schedule}")
+        )
+        facts.append(
+            (
+                "Training",
+                f"{a.steps} steps, {a.supervised_tokens:,} supervised tokens, {a.seconds:.0f} s, {a.dtype}, "
+                f"seed {t.seed}",
+            )
+        )
+        facts.append(
+            ("Validation loss", f"{a.first_validation_loss:.3f} → {a.last_validation_loss:.3f} nats per token")
+        )
+    if manifest.gguf:
+        for quantisation, name in manifest.gguf.files.items():
+            size = manifest.gguf.sizes_bytes[quantisation] / 1e6
+            facts.append((name, f"{size:.0f} MB, sha256 `{manifest.gguf.sha256[quantisation]}`"))
+    if manifest.ollama:
+        state = "registered" if manifest.ollama.registered else "not registered"
+        facts.append(("Ollama", f"{manifest.ollama.name} ({state})"))
+    parts += ["| | |", "|---|---|", *(f"| {escape(k)} | {escape(v)} |" for k, v in facts), ""]
+    if manifest.gguf:
+        parts += [f"> {escape(manifest.gguf.prompt)}", ">", f"> {escape(manifest.gguf.sample)}", ""]
+    return "\n".join(parts)
+
+
+def delta_table(deltas: list[Delta]) -> str:
+    """Return the deltas as a Markdown table."""
+    lines = [
+        "| capability | role | before | after | delta | 95 % interval | budget | status |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for d in deltas:
+        lines.append("| " + " | ".join(escape(cell) for cell in delta_cells(d)) + " |")
+    return "\n".join(lines)
+
+
+def delta_cells(d: Delta) -> list[str]:
+    """Return a delta as the eight cells that every table of the project shows."""
+    sign = "%" if d.unit == "%" else " pt"
+    budget = "" if d.budget is None else f"-{d.budget:g}{sign}"
+    interval = f"{d.low:+.2f} to {d.high:+.2f}{sign}"
+    label = "bits/byte" if d.measure == "bits_per_byte" else d.measure
+    return [
+        f"{d.name} ({label})",
+        d.role + (" *" if d.primary else ""),
+        f"{d.before:.3f}",
+        f"{d.after:.3f}",
+        f"{d.delta:+.2f}{sign}",
+        interval,
+        budget,
+        d.status,
+    ]
+
+
+def escape(text: str) -> str:
+    """Return `text` so that it cannot be markup, a link or a table cell's end."""
+    return re.sub(r"([\\`*_\[\]|#<>!])", r"\\\1", html.escape(text, quote=False).replace("\n", " "))

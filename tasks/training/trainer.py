@@ -1,0 +1,189 @@
+"""Training an adapter: LoRA or QLoRA on packed conversations, loss on the assistant's turns alone.
+
+The whole story is in `train_adapter`; it knows nothing of the store, of Prefect or of scoring.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+
+from tasks.core.config import TrainConfig
+from tasks.core.errors import ConfigError, DataError, ForgetlessError
+from tasks.core.hardware import device_class
+from tasks.core.records import TrainPoint
+from tasks.models.load import dtype_name, load_model, load_tokenizer, pick_dtype
+from tasks.models.parallel import map_parallel
+from tasks.models.template import Example, encode_conversation
+from tasks.training.packing import Pack, pack_examples, plan_steps
+
+OnStep = Callable[[int, int, TrainPoint], None]
+
+
+def train_adapter(
+    base: Path, template: str, dataset: Path, config: TrainConfig, out: Path, on_step: OnStep, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Train an adapter on `dataset`/train.jsonl, write it to `out` in PEFT's format and return AdapterRef's fields.
+
+    `on_step(step, steps, point)` is called after every optimizer step. Losses are in nats per supervised token.
+    Raises DataError where nothing is left to learn, ForgetlessError where the loss stops being a number."""
+    started = time.monotonic()
+    device = device_class()
+    dtype = pick_dtype(config.dtype)
+    tokenizer = load_tokenizer(base, template, trust_remote_code)
+    examples, dropped = _encode_file(tokenizer, dataset / "train.jsonl", config.max_tokens)
+    held_out, _ = _encode_file(tokenizer, dataset / "validation.jsonl", config.max_tokens)
+    if not examples or not held_out:
+        raise DataError(
+            f"No conversation fits into train.max_tokens={config.max_tokens}: {dropped} were too long. "
+            "Raise train.max_tokens and train.pack_tokens, or bring shorter rows."
+        )
+    steps = plan_steps(examples, config.pack_tokens, config.step_tokens, config.epochs, config.max_steps, config.seed)
+    validation = pack_examples(held_out, config.pack_tokens)
+
+    torch.manual_seed(config.seed)  # LoRA's A matrices and dropout
+    model = load_model(base, dtype, device, nf4=config.method == "qlora", trust_remote_code=trust_remote_code)
+    model = add_adapter(model, config, dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+
+    def gradients_of(pack: Pack) -> tuple[float, tuple[torch.Tensor, ...]]:
+        loss = summed_loss(model, pack, device)
+        return loss.item(), torch.autograd.grad(scaler.scale(loss), parameters)
+
+    curve = [TrainPoint(step=0, validation_loss=mean_loss(model, validation, device))]
+    every = config.validate_every or max(1, math.ceil(len(steps) / 10))
+    tokens = supervised = 0
+    for number, packs in enumerate(steps, start=1):
+        began = time.monotonic()
+        rate = config.learning_rate * schedule(number, len(steps), config.schedule, config.warmup_share)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        labels = sum(pack.supervised for pack in packs)
+        model.train()
+        loss = 0.0
+        for part, gradients in map_parallel(gradients_of, packs):
+            # Divided by the whole step's labels: the same gradient however the step is cut into packs.
+            loss += part / max(1, labels)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                gradient = gradient / max(1, labels)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        if not math.isfinite(loss):
+            raise ForgetlessError(
+                f"Training stopped at step {number} of {len(steps)}: the loss is {loss}. Lower train.learning_rate "
+                f"(now {config.learning_rate:g}) and run again."
+            )
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step_tokens = sum(pack.tokens for pack in packs)
+        tokens, supervised = tokens + step_tokens, supervised + labels
+        seconds = time.monotonic() - began
+        due = number % every == 0 or number == len(steps)
+        point = TrainPoint(
+            step=number,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens_per_second=step_tokens / seconds,
+            validation_loss=mean_loss(model, validation, device) if due else None,
+        )
+        curve.append(point)
+        on_step(number, len(steps), point)
+
+    model.save_pretrained(out, safe_serialization=True)
+    (out / "curve.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in curve), encoding="utf-8")
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own card says what this is
+    return {
+        "method": config.method,
+        "trainable_parameters": sum(p.numel() for p in parameters),
+        "steps": len(steps),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "dropped_too_long": dropped,
+        "seconds": time.monotonic() - started,
+        "dtype": dtype_name(dtype),
+        "first_validation_loss": curve[0].validation_loss,
+        "last_validation_loss": curve[-1].validation_loss,
+        "curve": [p.model_dump() for p in curve],
+    }
+
+
+def add_adapter(model: Any, config: TrainConfig, dtype: torch.dtype) -> Any:
+    """Return the model with an untrained LoRA adapter. Raises ConfigError where target_modules match nothing."""
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # Trainable weights stay in float32 only where the base is; else they would be cast at every layer.
+        return get_peft_model(model, settings, autocast_adapter_dtype=dtype == torch.float16)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise ConfigError(
+            f"train.target_modules {config.target_modules!r} match nothing in this model. "
+            f"Its linear layers are: {', '.join(names)}; all-linear takes them all."
+        ) from None
+
+
+def summed_loss(model: Any, pack: Pack, device: str) -> torch.Tensor:
+    """Return the cross-entropy of a pack's labels, summed, in nats."""
+    # No attention mask and no cache: positions that restart at 0 then keep the examples apart on any attention.
+    logits = model(
+        input_ids=pack.ids.to(device),
+        position_ids=pack.positions.to(device),
+        use_cache=False,
+        logits_to_keep=pack.kept.to(device),
+    ).logits
+    return cross_entropy(logits[0].float(), pack.labels.to(device), reduction="sum")
+
+
+def mean_loss(model: Any, packs: list[Pack], device: str) -> float:
+    """Return the mean loss per supervised token, without dropout."""
+    model.eval()
+    total = sum(map_parallel(lambda pack: _loss_without_graph(model, pack, device), packs))
+    return total / max(1, sum(pack.supervised for pack in packs))
+
+
+@torch.no_grad()  # per thread: a worker does not inherit it
+def _loss_without_graph(model: Any, pack: Pack, device: str) -> float:
+    return summed_loss(model, pack, device).item()
+
+
+def schedule(step: int, steps: int, name: str, warmup_share: float) -> float:
+    """Return the share of the full learning rate at `step` (from 1): linear warm-up, then down to zero or constant."""
+    warmup = math.ceil(warmup_share * steps)
+    if step <= warmup:
+        return step / warmup
+    if name == "constant":
+        return 1.0
+    done = (step - warmup - 1) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done)) if name == "cosine" else 1 - done
+
+
+def _encode_file(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[Example], int]:
+    """Return a split's conversations as examples, and how many were dropped as longer than `max_tokens`."""
+    examples = []
+    dropped = 0
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            for example in encode_conversation(tokenizer, json.loads(line)["messages"]):
+                if len(example.ids) <= max_tokens:
+                    examples.append(example)
+                else:
+                    dropped += 1
+    return examples, dropped

@@ -1,0 +1,90 @@
+"""Recipes: every shipped one parses; every error is reported at once, with the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.core.config import RECIPES, load_recipe, shipped_recipes
+from tasks.core.errors import ConfigError
+
+MINIMAL = """
+name: mini
+model: {base: owner/name}
+data: {sources: rows.jsonl}
+eval:
+  capabilities:
+    - {name: gain, role: target, tasks: [{name: t, choices: t.jsonl}]}
+"""
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_parses_and_its_files_exist(name: str) -> None:
+    recipe = load_recipe(name)
+    files = [t.file for c in recipe.eval.capabilities for t in c.tasks if t.file]
+    assert recipe.name == name
+    assert all(Path(file).is_file() for file in files)
+    assert all(Path(s.path).is_file() for s in recipe.data.sources)
+
+
+def test_paths_are_relative_to_the_recipe_and_ids_stay_ids(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert recipe.model.base == "owner/name"
+    assert recipe.data.sources[0].path == str(tmp_path / "rows.jsonl")
+    assert recipe.eval.capabilities[0].tasks[0].choices == str(tmp_path / "t.jsonl")
+
+
+def test_data_on_the_command_line_is_relative_to_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart", data="mine.json").data.sources[0].path == str(tmp_path / "mine.json")
+
+
+def test_overrides_reach_nested_keys() -> None:
+    recipe = load_recipe("quickstart", ["train.rank=4", "train.learning_rate=2e-4", "data.sources.path=x"][:2])
+    assert recipe.train.rank == 4
+    assert recipe.train.learning_rate == pytest.approx(2e-4)
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_key() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("quickstart", ["train.learning_rat=1e-4", "train.rank=0", "eval.limit=none-of-it", "nonsense"])
+    text = str(caught.value)
+    assert "train.learning_rat: unknown key; did you mean 'learning_rate'?" in text
+    assert "train.rank: input should be greater than or equal to 1, found 0." in text
+    assert "eval.limit" in text
+    assert "--set 'nonsense': expected section.key=value" in text
+    assert len(caught.value.problems) == 4
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        load_recipe("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "recipe.yaml:1:8: not valid YAML"),
+        ("- a\n- b\n", "a recipe is a mapping with name, model, data and eval; found a list"),
+        (MINIMAL + "train: {max_tokens: 4096}", "max_tokens (4096) must not exceed pack_tokens (2048)"),
+        (MINIMAL.replace("role: target", "role: retention"), "at least one capability needs role: target"),
+        (MINIMAL.replace("role: target", "role: target, budget: 3"), "only a retention capability has a budget"),
+        (MINIMAL.replace("data: {sources: rows.jsonl}", ""), "data: required, but missing."),
+        (MINIMAL + "export: {serve: q6_k}", "serve: q6_k is not among quantisations"),
+    ],
+)
+def test_a_wrong_recipe_gets_a_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_the_recipes_folder_is_the_one_that_is_shipped() -> None:
+    assert (RECIPES / "quickstart.yaml").is_file()

@@ -1,0 +1,162 @@
+"""The store: the same promises on a folder and on an S3 server over HTTP."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.core.errors import StoreError
+from tasks.core.records import ModelRef
+from tasks.core.settings import Settings, read_settings
+from tasks.core.stages import Stage
+from tasks.core.store import FileStore, S3Store, Store, check_writable, find_artifact, open_store, stored
+
+STAGE = Stage("merged", 1, ["abc"], {"dtype": "float32"})
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param == "folder":
+        return FileStore(tmp_path / "store")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", request.getfixturevalue("s3_endpoint"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"b{abs(hash(tmp_path)) % 10**9}"
+    store = S3Store(bucket, "team/runs", tmp_path / "cache")
+    store.client.create_bucket(Bucket=bucket)
+    return store
+
+
+def make(folder: Path) -> dict[str, str]:
+    (folder / "sub").mkdir()
+    (folder / "model.bin").write_bytes(b"weights")
+    (folder / "sub" / "notes.txt").write_text("hello")
+    return {"dtype": "float32"}
+
+
+def test_an_artifact_is_made_once_and_found_again(any_store: Store) -> None:
+    first = stored(any_store, STAGE, ModelRef, make)
+    again = stored(any_store, STAGE, ModelRef, lambda folder: pytest.fail("made twice"))
+    assert not first.artifact.reused
+    assert again.artifact.reused
+    assert again.artifact.content == first.artifact.content
+    assert again.dtype == "float32"
+    folder = any_store.local_folder(again.artifact)
+    assert (folder / "model.bin").read_bytes() == b"weights"
+    assert (folder / "sub" / "notes.txt").read_text() == "hello"
+    assert again.artifact.size_bytes == len(b"weights") + len("hello")
+
+
+def test_a_failed_stage_leaves_nothing_that_looks_whole(any_store: Store) -> None:
+    def fail(folder: Path) -> dict[str, str]:
+        (folder / "half").write_text("half")
+        raise RuntimeError("killed here")
+
+    with pytest.raises(RuntimeError):
+        stored(any_store, STAGE, ModelRef, fail)
+    assert find_artifact(any_store, STAGE, ModelRef) is None
+    assert stored(any_store, STAGE, ModelRef, make).dtype == "float32"
+
+
+def test_a_folder_without_its_marker_is_made_anew(store: FileStore) -> None:
+    partial = store.root / "artifacts" / "merged" / STAGE.key
+    partial.mkdir(parents=True)
+    (partial / "model.bin").write_bytes(b"par")
+    record = stored(store, STAGE, ModelRef, make)
+    assert (store.local_folder(record.artifact) / "model.bin").read_bytes() == b"weights"
+
+
+def test_a_damaged_marker_is_said_with_what_to_do(any_store: Store) -> None:
+    stored(any_store, STAGE, ModelRef, make)
+    any_store.write_bytes(f"artifacts/merged/{STAGE.key}/_artifact.json", b"{}")
+    with pytest.raises(StoreError, match="Delete that folder to make it anew"):
+        find_artifact(any_store, STAGE, ModelRef)
+
+
+def test_small_objects_and_folders_are_listed(any_store: Store) -> None:
+    assert any_store.read_bytes("runs/a/manifest.json") is None
+    any_store.write_bytes("runs/a/manifest.json", b"1")
+    any_store.write_bytes("runs/b/manifest.json", b"2")
+    any_store.write_bytes("runs/a/manifest.json", b"3")
+    assert any_store.read_bytes("runs/a/manifest.json") == b"3"
+    assert any_store.list_folders("runs") == ["a", "b"]
+    assert any_store.list_folders("nothing") == []
+    check_writable(any_store)
+
+
+def test_wrong_bytes_from_s3_are_detected(any_store: Store) -> None:
+    if not isinstance(any_store, S3Store):
+        pytest.skip("a folder is read in place; only downloads are verified")
+    record = stored(any_store, STAGE, ModelRef, make)
+    any_store.write_bytes(f"artifacts/merged/{STAGE.key}/model.bin", b"tampered")
+    with pytest.raises(StoreError, match="other bytes than were written"):
+        any_store.local_folder(record.artifact)
+
+
+def test_a_missing_bucket_is_one_sentence(any_store: Store, tmp_path: Path) -> None:
+    if not isinstance(any_store, S3Store):
+        pytest.skip("buckets are S3's")
+    with pytest.raises(StoreError, match="Check AWS_ENDPOINT_URL_S3"):
+        check_writable(S3Store("no-such-bucket", "", tmp_path))
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    with pytest.raises(StoreError, match="Could not write work/probe"):
+        check_writable(FileStore(blocker / "store"))
+
+
+def test_a_full_disk_is_one_sentence(store: FileStore) -> None:
+    import errno
+
+    def full(folder: Path) -> dict[str, str]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StoreError, match="the disk is full. Free some space, or choose another place with --store"):
+        stored(store, STAGE, ModelRef, full)
+
+
+def test_paths_cannot_leave_the_store(store: FileStore) -> None:
+    with pytest.raises(StoreError, match="leaves the store"):
+        store.write_bytes("../outside", b"x")
+
+
+def test_keys_depend_on_content_and_settings_not_on_names() -> None:
+    assert STAGE.key == Stage("merged", 1, ["abc"], {"dtype": "float32"}).key
+    others = [
+        Stage("gguf", 1, ["abc"], {"dtype": "float32"}),
+        Stage("merged", 2, ["abc"], {"dtype": "float32"}),
+        Stage("merged", 1, ["abd"], {"dtype": "float32"}),
+        Stage("merged", 1, ["abc"], {"dtype": "bfloat16"}),
+    ]
+    assert len({STAGE.key, *(s.key for s in others)}) == 5
+
+
+def test_store_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGETLESS_STORE", str(tmp_path / "a b"))
+    assert isinstance(open_store(read_settings()), FileStore)
+    assert open_store(read_settings()).url == (tmp_path / "a b").as_uri()
+    with pytest.raises(StoreError, match="is not a store"):
+        open_store(Settings("ftp://x/y", tmp_path, ""))
+
+
+def test_the_marker_lists_every_file_with_its_sha256(store: FileStore) -> None:
+    record = stored(store, STAGE, ModelRef, make)
+    marker = json.loads((store.local_folder(record.artifact) / "_artifact.json").read_text())
+    assert set(marker["files"]) == {"model.bin", "sub/notes.txt"}
+    assert all(len(f["sha256"]) == 64 for f in marker["files"].values())

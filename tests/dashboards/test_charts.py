@@ -1,0 +1,83 @@
+"""The charts' specifications: units on every axis, and never two units on one."""
+
+from typing import Any
+
+import pytest
+
+from dashboards import charts
+from tests.dashboards import manifests as made
+
+
+def titles(spec: Any, channel: str) -> set[str]:
+    """Return the titles of one channel's axes, over all layers of a chart's specification."""
+    found = {
+        layer["encoding"][channel].get("title") for layer in spec.get("layer", [spec]) if channel in layer["encoding"]
+    }
+    return {title for title in found if title}
+
+
+def rows(spec: Any) -> list[dict[str, Any]]:
+    return [row for data in spec["datasets"].values() for row in data if "name" in row]
+
+
+def test_percent_and_points_and_gains_and_losses_have_their_own_plots() -> None:
+    report = made.promoted().report
+    assert report
+    specs = [plot.to_dict() for plot in charts.forest_plots(report.capabilities)]
+    assert [spec["title"]["text"] for spec in specs] == [
+        "Target: change in bits per byte",
+        "Retention: change in bits per byte",
+        "Retention: change in accuracy",
+    ]
+    assert [titles(spec, "x") for spec in specs] == [
+        {"Change in bits per byte (percent; left of 0 is worse)"},
+        {"Change in bits per byte (percent; left of 0 is worse)"},
+        {"Change in accuracy (points; left of 0 is worse)"},
+    ]
+
+
+def test_mixed_units_on_one_axis_are_refused() -> None:
+    with pytest.raises(ValueError, match="one role and one unit"):
+        charts.forest_plot([made.text_retention(0, 1, "kept"), made.endings_retention(0, 1, "kept")])
+
+
+def test_a_forest_plot_draws_the_records_own_numbers() -> None:
+    spec = charts.forest_plot([made.endings_retention(-1.2, 1.9, "kept")]).to_dict()
+    (row,) = rows(spec)
+    assert [row[key] for key in ("delta", "low", "high", "limit")] == pytest.approx([-1.2, -3.1, 0.7, -5.0])
+    assert row["label"] == "english-endings · ✓ kept"
+    assert row["budget"] == "budget 5 points"
+    marks = [layer["mark"]["type"] for layer in spec["layer"]]
+    assert marks == ["rule", "rule", "point", "text", "tick", "text"]
+
+
+def test_status_is_told_by_shape_and_words_not_colour_alone() -> None:
+    assert set(charts.STATUS_LOOK) == {"gained", "kept", "lost", "forgot", "unclear", "inconclusive", "at chance"}
+    by_color: dict[str, set[str]] = {}
+    for color, shape in charts.STATUS_LOOK.values():
+        by_color.setdefault(color, set()).add(shape)
+    shapes = [shape for group in by_color.values() for shape in group]
+    assert len(shapes) == len(set(shapes))  # no shape has two colours
+
+
+def test_a_capability_without_budget_and_an_empty_report_draw() -> None:
+    spec = charts.forest_plot([made.text_retention(0, 1, "at chance", budget=None)]).to_dict()
+    assert rows(spec)[0]["limit"] is None
+    assert charts.forest_plots([]) == []
+
+
+def test_the_training_charts_name_their_units() -> None:
+    curve = made.curve()
+    loss = charts.loss_chart(curve).to_dict()
+    assert titles(loss, "y") == {"Loss (nats per supervised token)"}
+    assert titles(loss, "x") == {"Optimizer step"}
+    points = next(iter(loss["datasets"].values()))
+    assert len([p for p in points if p["of"] == "training"]) == 40
+    assert len([p for p in points if p["of"] == "validation"]) == 9
+    assert titles(charts.learning_rate_chart(curve).to_dict(), "y") == {"Learning rate"}
+    assert titles(charts.throughput_chart(curve).to_dict(), "y") == {"Tokens per second"}
+
+
+def test_an_empty_curve_draws() -> None:
+    for chart in (charts.loss_chart, charts.learning_rate_chart, charts.throughput_chart):
+        chart([]).to_dict()

@@ -1,0 +1,248 @@
+"""Every page renders every kind of run, and says what to do next where there is nothing to show."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from tasks.core.manifest import write_manifest
+from tasks.core.store import FileStore
+from tests.dashboards import manifests as made
+
+APP = str(Path(__file__).resolve().parents[2] / "dashboards" / "app.py")
+Show = Callable[..., AppTest]
+
+
+@pytest.fixture
+def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Show:
+    """Return a function that renders a page over the store in tmp_path: show() is Runs, show(run_id) is Run."""
+    monkeypatch.setenv("FORGETLESS_STORE", str(tmp_path))
+    # AppTest looks through the metadata of all installed packages for components at every run: 0.4 s of its 0.5 s.
+    monkeypatch.setattr("streamlit.components.v2.manifest_scanner.scan_component_manifests", list, raising=False)
+    st.cache_data.clear()
+
+    def render(run_id: str | None = None, page: str = "run") -> AppTest:
+        at = AppTest.from_file(APP, default_timeout=20)
+        if run_id is not None:
+            at.query_params["run"] = run_id
+            at.switch_page(f"app_pages/{page}.py")
+        at.run()
+        assert not at.exception, at.exception
+        return at
+
+    return render
+
+
+def words(at: AppTest) -> str:
+    """Return all text of a page as the browser gets it, tables included."""
+    kinds = (at.title, at.header, at.subheader, at.markdown, at.caption, at.text, at.code, at.metric)
+    alerts = (at.error, at.warning, at.info, at.success)
+    parts = [str(element.value) for kind in (*kinds, *alerts) for element in kind]
+    parts += [f"{element.text} {element.value}" for element in at.progress]
+    parts += [element.value for element in at.page_link]
+    parts += [frame.value.to_csv(index=False) for frame in at.dataframe]
+    return "\n".join(parts)
+
+
+def test_runs_lists_every_run_newest_first(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    at = show()
+    assert [link.value.strip("*") for link in at.page_link] == made.NEWEST_FIRST
+    assert [link.proto.query_string for link in at.page_link] == [f"run={name}" for name in made.NEWEST_FIRST]
+
+
+def test_runs_shows_verdict_gain_retention_and_duration(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    text = words(show())
+    for verdict in (
+        ":green-badge[:material/check_circle: Promote]",
+        ":red-badge[:material/cancel: Reject]",
+        ":violet-badge[:material/help: Inconclusive]",
+    ):
+        assert verdict in text
+    assert "Gain: zh-answers **▲ +24.90 %**".replace(":", "\\:") in text
+    assert "gained; 95 % interval +22.10 to +27.70" in text
+    assert "Worst retention: english-text **✓ -0.58 %**".replace(":", "\\:") in text
+    assert "kept; 95 % interval -0.77 to -0.39, budget 1 %" in text
+    assert "Worst retention: english-endings **? -2.1 points**".replace(":", "\\:") in text
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf" in text
+    assert "QLoRA" in text
+    assert "took 12 min 24 s" in text
+    assert "took 1 h 04 min" in text
+
+
+def test_runs_shows_live_stage_errors_and_damage(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    at = show()
+    text = words(at)
+    assert (at.progress[0].text, at.progress[0].value) == ("Training the adapter · stage 5 of 11", 36)
+    assert "data.jsonl:7: a conversation must end with the assistant, found" in text
+    assert f"The manifest of run {made.CORRUPT} cannot be read" in text
+
+
+def test_runs_finds_by_name_and_shows_more_on_demand(show: Show, tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for i in range(23):
+        write_manifest(store, made.failed().model_copy(update={"run_id": f"sweep-20261120-2100{i:02}-000"}))
+    at = show()
+    assert len(at.page_link) == 20
+    at.button[0].click().run()
+    assert len(at.page_link) == 23
+    at.text_input(key="find").set_value("sweep 210007").run()
+    assert [link.value for link in at.page_link] == ["**sweep-20261120-210007-000**"]
+    at.text_input(key="find").set_value("nothing like it").run()
+    assert "No run's name contains 'nothing like it'." in words(at)
+
+
+@pytest.mark.parametrize("run_id", [None, "anything"])
+def test_an_empty_store_says_how_to_start(show: Show, run_id: str | None) -> None:
+    at = show(run_id)
+    assert "No runs in this store yet" in at.info[0].value
+    assert [code.value for code in at.code] == ["forgetless run quickstart"]
+
+
+@pytest.mark.parametrize("run_id", [None, "anything"])
+def test_an_unknown_store_is_a_sentence(show: Show, monkeypatch: pytest.MonkeyPatch, run_id: str | None) -> None:
+    monkeypatch.setenv("FORGETLESS_STORE", "ftp://host/folder")
+    at = show(run_id)
+    assert at.error[0].value == "The store cannot be read."
+    assert "ftp://host/folder is not a store: expected a folder, file:///folder or s3://bucket/prefix." in words(at)
+
+
+def test_run_shows_verdict_reason_and_all_numbers(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    at = show(made.PROMOTED)
+    text = words(at)
+    assert at.header[0].value == ":green[:material/check_circle: Promote]"
+    assert made.promoted().report.reason in [t.value for t in at.text]  # type: ignore[union-attr]
+    changes = at.dataframe[0].value.set_index("Name")
+    assert changes.loc["english-endings"].to_dict() | {"Margin (nats)": "-0.021 (-0.048 to +0.006)"} == {
+        "Role": "retention",
+        "Status": "✓ kept",
+        "Change": "-1.2 points",
+        "95 % interval": "-3.1 to +0.7",
+        "Budget": "5 points",
+        "Measure": "accuracy (by length)",
+        "Before": "0.742",
+        "After": "0.730",
+        "Items": "600",
+        "Lost / gained": "21 / 14",
+        "Perplexity": "",
+        "Margin (nats)": "-0.021 (-0.048 to +0.006)",
+        "Clusters": "",
+    }
+    assert changes.loc["zh-answers", "Perplexity"] == "x 0.704"
+    assert len(at.get("vega_lite_chart")) == 3 + 3  # target in %, retention in %, retention in points; training
+    assert "1,540 rows read, 1,511 kept, 29 quarantined" in text
+    assert "quarantined,no assistant turn,17,1.1 %" in text
+    assert "✗ failed,warning,answers differ from each other,31 answers occur more than 5 times" in text
+    assert f"q8_0 (served),model-q8_0.gguf,144.8 MB,{'b' * 64}" in text
+    assert "你好！我是一个小小的语言模型" in text
+    assert "Registered in Ollama at http://127.0.0.1:11434 as quickstart." in text
+    assert "ollama run quickstart" in text
+    assert "base,↺ reused,0.1 s" in text
+    assert "train,✓ computed,1 min 12 s" in text
+    assert "learning_rate: 0.001" in text
+    assert "教小模型用中文回答" in text
+    assert "torch,2.13.0+cpu" in text
+
+
+@pytest.mark.parametrize(
+    ("run_id", "heading", "told"),
+    [
+        (made.REJECTED, ":red[:material/cancel: Reject]", ["✗ forgot,-38.20 %,-40.10 to -36.30,1 %"]),
+        (
+            made.INCONCLUSIVE,
+            ":violet[:material/help: Inconclusive]",
+            ["420 items", "Not registered in Ollama. Ollama does not answer.", f"forgetless chat {made.INCONCLUSIVE}"],
+        ),
+        (
+            made.RUNNING,
+            ":blue[:material/hourglass_top: Running]",
+            ["Training the adapter · stage 5 of 11", "train,▶ running", "If it was interrupted, start it again"],
+        ),
+        (
+            made.FAILED,
+            ":red[:material/error: Failed]",
+            ["This run failed while preparing the data. Mend the cause", "Fix the row.", "No data has been read yet."],
+        ),
+    ],
+)
+def test_run_shows_each_outcome(show: Show, tmp_path: Path, run_id: str, heading: str, told: list[str]) -> None:
+    made.fill_store(tmp_path)
+    at = show(run_id)
+    assert at.header[0].value == heading
+    text = words(at)
+    assert [sentence for sentence in told if sentence not in text] == []
+
+
+def test_an_unreadable_run_says_which_file_and_what_to_do(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    at = show(made.CORRUPT)
+    assert at.warning[0].value == "This run cannot be shown."
+    assert f"runs/{made.CORRUPT}/manifest.json" in words(at)
+    assert "start the run again" in words(at)
+
+
+def test_an_unknown_run_is_said_and_another_can_be_chosen(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    at = show("<b>../../etc/passwd</b>")
+    assert "There is no such run in this store" in at.warning[0].value
+    assert at.code[0].value == "<b>../../etc/passwd</b>"
+    at.selectbox[0].select(made.REJECTED).run()
+    assert at.header[0].value == ":red[:material/cancel: Reject]"
+    assert at.query_params["run"] == made.REJECTED
+
+
+def test_the_select_box_offers_all_runs_and_starts_at_the_newest(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    (tmp_path / "runs" / made.CORRUPT / "manifest.json").unlink()
+    (tmp_path / "runs" / made.CORRUPT).rmdir()
+    st.cache_data.clear()
+    at = show("")
+    assert at.selectbox[0].options == made.NEWEST_FIRST[1:]
+    assert at.selectbox[0].value == made.RUNNING
+    at.selectbox[0].select(made.PROMOTED).run()
+    at.selectbox[0].select(made.REJECTED).run()
+    assert at.header[0].value == ":red[:material/cancel: Reject]"
+
+
+@pytest.mark.parametrize("page", ["runs", "run"])
+def test_hostile_text_is_shown_as_text(show: Show, tmp_path: Path, page: str) -> None:
+    made.fill_store(tmp_path)
+    at = show(made.FAILED, page)
+    literal = [*(t.value for t in at.text), *(c.value for c in at.code)]  # elements that read neither Markdown nor HTML
+    assert any("<script>alert('x')</script> ![x](https://evil.example/x.png)" in text for text in literal)
+    markdown = [*at.markdown, *at.caption, *at.title, *at.header, *at.subheader, *at.error, *at.warning, *at.info]
+    assert not [m.value for m in markdown if "evil.example" in m.value or "<script>" in m.value]
+    assert not [m for m in at.markdown if m.allow_html]
+    assert not at.get("html")
+    assert not at.get("iframe")
+
+
+def test_hostile_names_in_a_finished_run_stay_text(show: Show, tmp_path: Path) -> None:
+    whole = made.promoted()
+    assert whole.report
+    assert whole.gguf
+    deltas = [d.model_copy(update={"name": made.HOSTILE}) for d in whole.report.capabilities]
+    whole.report = whole.report.model_copy(update={"capabilities": deltas, "reason": made.HOSTILE})
+    whole.gguf = whole.gguf.model_copy(update={"sample": made.HOSTILE, "prompt": made.HOSTILE})
+    model = whole.recipe.model.model_copy(update={"base": f"`x` {made.HOSTILE}"})
+    whole.recipe = whole.recipe.model_copy(update={"model": model})
+    write_manifest(FileStore(tmp_path), whole)
+    at = show(made.PROMOTED)
+    assert [t.value for t in at.text].count(made.HOSTILE) == 3
+    assert f"`'x' {made.HOSTILE}` · QLoRA" in words(at)
+    assert "\\!\\[x\\](https\\://evil.example/x.png)" in words(show())
+
+
+def test_a_run_that_goes_on_is_followed(show: Show, tmp_path: Path) -> None:
+    made.fill_store(tmp_path)
+    at = show(made.RUNNING)
+    manifest = made.running()
+    manifest.stages = made.stages(5, "running")
+    write_manifest(FileStore(tmp_path), manifest)
+    st.cache_data.clear()  # what REFRESH_SECONDS do
+    assert at.run().progress[0].text == "Scoring the adapter · stage 6 of 11"

@@ -1,0 +1,125 @@
+"""Deltas and verdicts from score sheets; sheets that must not be compared are refused."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tasks.core.config import EvalConfig
+from tasks.core.errors import ComparisonError
+from tasks.core.records import ArtifactRef, ItemScore, ScoreSheet
+from tasks.evaluation.forgetting import compare_scores
+from tasks.evaluation.harness import summarise
+
+ARTIFACT = ArtifactRef(kind="scores", key="k", uri="file:///x", content="c", size_bytes=1)
+CONFIG = EvalConfig(
+    capabilities=[
+        {"name": "chat", "role": "target", "measure": "bits_per_byte", "tasks": ["zh"]},
+        {"name": "english", "role": "retention", "measure": "acc", "budget": 5, "tasks": ["en"]},
+    ]
+)
+
+
+def text_items(nll: list[float]) -> list[ItemScore]:
+    return [
+        ItemScore(task="zh", doc=f"d{i}", prompt=f"p{i}", nll=v, size_bytes=100, tokens=50) for i, v in enumerate(nll)
+    ]
+
+
+def choice_items(right: list[bool]) -> list[ItemScore]:
+    return [
+        ItemScore(task="en", doc=f"d{i}", prompt=f"p{i}", acc=float(r), margin=1.0 if r else -1.0)
+        for i, r in enumerate(right)
+    ]
+
+
+def sheet(items: list[ItemScore], **settings: str) -> ScoreSheet:
+    names = list(dict.fromkeys(i.task for i in items))
+    scores = [summarise(n, [i for i in items if i.task == n], 0.5 if n == "en" else None, "1") for n in names]
+    return ScoreSheet(artifact=ARTIFACT, tasks=scores, settings={"dtype": "float32", **settings}, seconds=1)
+
+
+def compare(before: list[ItemScore], after: list[ItemScore], config: EvalConfig = CONFIG) -> dict:
+    return compare_scores(config, sheet(before), before, sheet(after), after)
+
+
+NLL = [float(v) for v in np.random.default_rng(0).uniform(80, 120, 80)]
+RIGHT = [i % 10 != 0 for i in range(600)]
+
+
+def test_a_gain_without_forgetting_is_promoted() -> None:
+    result = compare(text_items(NLL) + choice_items(RIGHT), text_items([v * 0.7 for v in NLL]) + choice_items(RIGHT))
+    chat, english = result["capabilities"]
+    assert result["verdict"] == "promote"
+    assert chat["delta"] == pytest.approx(30)
+    assert chat["status"] == "gained"
+    assert chat["perplexity_ratio"] == pytest.approx(math.exp(-0.3 * sum(NLL) / (50 * 80)))
+    assert english["delta"] == 0
+    assert english["low"] < 0 < english["high"], "no flip in 600 items is not certainty"
+    assert (english["status"], english["lost_items"], english["gained_items"]) == ("kept", 0, 0)
+
+
+def test_forgetting_is_negative_and_rejects() -> None:
+    after = [r and i % 6 != 1 for i, r in enumerate(RIGHT)]
+    result = compare(text_items(NLL) + choice_items(RIGHT), text_items([v * 0.7 for v in NLL]) + choice_items(after))
+    english = result["capabilities"][1]
+    assert english["delta"] == pytest.approx(100 * (sum(after) - sum(RIGHT)) / 600)
+    assert english["delta"] < -5
+    assert (english["status"], result["verdict"]) == ("forgot", "reject")
+    assert english["margin_delta"] < 0
+    assert "english" in result["reason"]
+
+
+def test_too_few_items_are_inconclusive_and_say_how_many_settle_it() -> None:
+    before, after = [True] * 40, [True] * 38 + [False] * 2
+    result = compare(text_items(NLL) + choice_items(before), text_items([v * 0.7 for v in NLL]) + choice_items(after))
+    assert result["verdict"] == "inconclusive"
+    assert result["capabilities"][1]["items_to_settle"] > 40
+
+
+def test_a_retention_task_at_chance_is_shown_but_does_not_count() -> None:
+    guess = [i % 2 == 0 for i in range(600)]
+    config = EvalConfig(
+        capabilities=[
+            *CONFIG.model_dump()["capabilities"],
+            {"name": "hard", "role": "retention", "measure": "acc", "tasks": ["hard"]},
+        ]
+    )
+
+    def hard(right: list[bool]) -> list[ItemScore]:
+        return [i.model_copy(update={"task": "hard"}) for i in choice_items(right)]
+
+    before = text_items(NLL) + choice_items(RIGHT) + hard(guess)
+    after = text_items([v * 0.7 for v in NLL]) + choice_items(RIGHT) + hard([False] * 600)
+    sheets = []
+    for items in (before, after):
+        one = sheet(items)
+        tasks = [t.model_copy(update={"chance": 0.5}) if t.task == "hard" else t for t in one.tasks]
+        sheets.append(one.model_copy(update={"tasks": tasks}))
+    result = compare_scores(config, sheets[0], before, sheets[1], after)
+    assert [(c["name"], c["status"], c["counts"]) for c in result["capabilities"]][-1] == ("hard", "at chance", False)
+    assert result["verdict"] == "promote"
+
+
+def test_other_items_prompts_settings_or_versions_are_refused() -> None:
+    items = text_items(NLL) + choice_items(RIGHT)
+    with pytest.raises(ComparisonError, match="differ in dtype: float32 before, bfloat16 after"):
+        compare_scores(CONFIG, sheet(items), items, sheet(items, dtype="bfloat16"), items)
+    other = [items[0].model_copy(update={"doc": "x"}), *items[1:]]
+    with pytest.raises(ComparisonError, match="other items or in another order"):
+        compare(items, other)
+    with pytest.raises(ComparisonError, match="another prompt"):
+        compare(items, [items[0].model_copy(update={"prompt": "x"}), *items[1:]])
+    with pytest.raises(ComparisonError, match="680 and 679 items"):
+        compare(items, items[1:])
+    newer = sheet(items).model_copy(
+        update={"tasks": [t.model_copy(update={"version": "2"}) for t in sheet(items).tasks]}
+    )
+    with pytest.raises(ComparisonError, match="version 1 before and 2 after"):
+        compare_scores(CONFIG, sheet(items), items, newer, items)
+
+
+def test_a_measure_that_a_task_does_not_give_is_said() -> None:
+    config = EvalConfig(capabilities=[{"name": "chat", "role": "target", "measure": "acc", "tasks": ["zh"]}])
+    with pytest.raises(ComparisonError, match="Task zh gives no acc"):
+        compare(text_items(NLL), text_items(NLL), config)
