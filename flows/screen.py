@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tasks.core.manifest import STAGES, RunManifest
 from tasks.core.progress import watch_progress
+from tasks.core.records import Delta
 from tasks.core.store import Store
 
 if TYPE_CHECKING:
@@ -34,11 +35,7 @@ TITLES = {
     "publish": "Publish",
 }
 MARKS = {"computed": "[green]✔[/]", "reused": "[cyan]↻[/]", "skipped": "[dim]–[/]", "failed": "[red]✘[/]"}
-VERDICTS = {
-    "promote": "[bold green]✔ promote[/]",
-    "reject": "[bold red]✘ reject[/]",
-    "inconclusive": "[bold yellow]? inconclusive[/]",
-}
+VERDICTS = {"promote": ("✔", "bold green"), "reject": ("✘", "bold red"), "inconclusive": ("?", "bold yellow")}
 STATUS_STYLE = {"gained": "green", "kept": "green", "lost": "red", "forgot": "red"}
 
 
@@ -105,81 +102,75 @@ class RunScreen:
 
 def show_summary(manifest: RunManifest, store: Store) -> None:
     """Print what a run gained and forgot, where everything is, and what to do next."""
-    console = Console(highlight=False)
+    console = _console()
     console.print()
     if manifest.status == "failed":
-        console.print(f"[red]✘[/] Run [bold]{manifest.run_id}[/] failed: {manifest.error}", markup=True)
+        console.print(Text.assemble(("✘", "red"), f" Run {manifest.run_id} failed: {manifest.error}"))
     elif manifest.status == "running":
-        stage = next((s for s in STAGES if manifest.stages.get(s) and manifest.stages[s].status == "running"), None)
-        console.print(f"Run [bold]{manifest.run_id}[/] is running: {TITLES.get(stage or '', 'starting')}.")
+        stage = next((s for s in STAGES if manifest.stages[s].status == "running"), None)
+        console.print(f"Run {manifest.run_id} is running: {TITLES.get(stage or '', 'starting')}.")
     if manifest.report:
-        console.print(delta_table(manifest))
-        console.print(f"Verdict: {VERDICTS[manifest.report.verdict]}  ", end="")
-        console.print(Text(manifest.report.reason))
+        console.print(delta_table(manifest.report.capabilities))
+        for d in manifest.report.capabilities:
+            if d.perplexity_ratio is not None and d.primary:
+                console.print(f"Per-token perplexity of {d.name}: {d.perplexity_ratio:.2f} of what it was.")
+        mark, style = VERDICTS[manifest.report.verdict]
+        console.print(Text.assemble((mark, style), " ", (manifest.report.reason, "bold")))
         console.print(
-            Text("Delta is after minus before on the same items; negative is forgetting; 95 % intervals.", "dim")
+            Text("Deltas: after minus before on the same items; negative is forgetting; 95 % intervals.", "dim")
         )
-    facts = Table.grid(padding=(0, 2))
+    for label, text in _facts(manifest):
+        console.print(Text.assemble((f"{label:<12}", "dim"), text), soft_wrap=True)
+
+
+def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
+    facts = []
     if manifest.adapter:
         a = manifest.adapter
-        facts.add_row(
-            "Training",
-            f"{a.method}, {a.steps} steps, {a.supervised_tokens:,} supervised tokens, validation loss "
-            f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}",
-        )
+        losses = f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}"
+        facts.append(("Training", f"{a.method}, {a.steps} steps, {a.tokens:,} tokens, validation loss {losses}"))
     if manifest.gguf:
-        facts.add_row("Asked", Text(manifest.gguf.prompt))
-        facts.add_row("It answers", Text(manifest.gguf.sample))
+        facts += [("Asked", manifest.gguf.prompt), ("It answers", manifest.gguf.sample)]
     for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):
         if record:
-            facts.add_row(name, Text(_place(record.artifact.uri), no_wrap=True, overflow="ignore"))
+            facts.append((name, _place(record.artifact.uri)))
     if manifest.seconds is not None:
-        done = sum(1 for s in manifest.stages.values() if s.status == "reused")
-        facts.add_row("Took", f"{manifest.seconds:.0f} s" + (f", {done} stages reused" if done else ""))
+        reused = sum(1 for s in manifest.stages.values() if s.status == "reused")
+        facts.append(("Took", f"{manifest.seconds:.0f} s" + (f", {reused} stages reused" if reused else "")))
     if manifest.gguf:
-        facts.add_row("Chat", f"forgetless chat {manifest.run_id}")
-    if manifest.ollama:
-        if manifest.ollama.registered:
-            facts.add_row("Ollama", f"ollama run {manifest.ollama.name}")
-        else:
-            facts.add_row(
-                "Ollama",
-                f"not reachable at {manifest.ollama.url}; later: forgetless export {manifest.run_id} --to ollama",
-            )
-    facts.add_row("Dashboard", "forgetless dashboard")
+        facts.append(("Chat", f"forgetless chat {manifest.run_id}"))
+    if manifest.ollama and manifest.ollama.registered:
+        facts.append(("Ollama", f"ollama run {manifest.ollama.name}"))
+    elif manifest.ollama:
+        later = f"forgetless export {manifest.run_id} --to ollama"
+        facts.append(("Ollama", f"no answer at {manifest.ollama.url}; later: {later}"))
     link = f"/runs/flow-run/{manifest.flow_run_id}" if manifest.flow_run_id else ""
-    facts.add_row("Prefect UI", f"prefect server start, then http://127.0.0.1:4200{link}")
-    console.print(facts, soft_wrap=True)
+    facts.append(("Dashboard", "forgetless dashboard"))
+    facts.append(("Prefect UI", f"prefect server start, then http://127.0.0.1:4200{link}"))
+    return facts
 
 
-def delta_table(manifest: RunManifest) -> Table:
-    """Return the deltas as a table; the target's perplexity ratio stands with its name."""
+def delta_table(deltas: list[Delta]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
-    for name in ("Capability", "Before", "After", "Delta", "95 % interval", "Budget", "Verdict"):
-        table.add_column(
-            name, justify="left" if name in ("Capability", "Verdict") else "right", no_wrap=name != "Capability"
-        )
-    for d in manifest.report.capabilities if manifest.report else []:
+    for name in ("Capability", "Measure", "Before", "After", "Delta", "95 % interval", "Budget", "Status"):
+        table.add_column(name, justify="left" if name in ("Capability", "Measure", "Status") else "right")
+    for d in deltas:
         sign = "%" if d.unit == "%" else " pt"
-        unit = "bits/byte" if d.measure == "bits_per_byte" else d.measure
         table.add_row(
-            Text(f"{d.name} ({unit}, {d.role})"),
+            Text(d.name),
+            "bits/byte" if d.measure == "bits_per_byte" else d.measure,
             f"{d.before:.3f}",
             f"{d.after:.3f}",
             f"{d.delta:+.2f}{sign}",
             f"{d.low:+.2f} to {d.high:+.2f}",
-            "" if d.budget is None else f"-{d.budget:g}{sign}",
+            "target" if d.budget is None else f"-{d.budget:g}{sign}",
             Text(d.status, STATUS_STYLE.get(d.status, "yellow")),
         )
-        if d.perplexity_ratio is not None and d.role == "target":
-            table.add_row(
-                Text("  per-token perplexity, after / before", "dim"), "", f"{d.perplexity_ratio:.3f}", "", "", "", ""
-            )
     return table
 
 
 def show_plan(plan: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"[bold]{plan['recipe']}[/] with the store {_place(plan['store'])}")
     table = Table.grid(padding=(0, 2))
     for stage in plan["stages"]:
@@ -196,7 +187,7 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 
 def show_runs(manifests: list[RunManifest], store: Store) -> None:
-    console = Console(highlight=False)
+    console = _console()
     if not manifests:
         console.print(f"There are no runs in {_place(store.url)} yet. Start one with: forgetless run quickstart")
         return
@@ -216,19 +207,28 @@ def show_runs(manifests: list[RunManifest], store: Store) -> None:
             m.status,
             f"{target.delta:+.1f} {target.unit}" if target else "",
             f"{worst.name} {worst.delta:+.1f} {worst.unit}" if worst else "",
-            VERDICTS[m.report.verdict] if m.report else "",
+            Text(f"{VERDICTS[m.report.verdict][0]} {m.report.verdict}", VERDICTS[m.report.verdict][1])
+            if m.report
+            else "",
             f"{m.seconds:.0f} s" if m.seconds is not None else "",
         )
     console.print(table)
 
 
 def show_findings(findings: "list[Finding]") -> None:
-    console = Console(highlight=False)
+    console = _console()
     marks = {"ok": "[green]✔[/]", "missing": "[red]✘[/]", "absent": "[yellow]–[/]"}
     table = Table.grid(padding=(0, 2))
     for f in findings:
         table.add_row(marks[f.state], f.name, Text(f.found), Text(f.cost, "dim"))
     console.print(table)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file or a pipe has no width to respect
+    return console
 
 
 def _place(uri: str) -> str:

@@ -184,8 +184,9 @@ def _delta(
     else:
         columns = _values(pairs, capability.measure, capability.measure)
         before, after = (sum(column) / len(column) for column in columns)
-        if all(a.margin is not None and b.margin is not None for a, b in pairs):
-            margin = mean_change([a.margin for a, _ in pairs], [b.margin for _, b in pairs], clusters=_clusters(pairs))
+        if all(item.margin is not None for pair in pairs for item in pair):
+            margins = _values(pairs, "margin", "margin")
+            margin = mean_change(*margins, clusters=_clusters(pairs))
             fields |= {
                 "margin_delta": margin.delta,
                 "margin_low": margin.interval.low,

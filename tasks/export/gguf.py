@@ -80,7 +80,7 @@ def chat_with(path: Path, system: str | None, prompt: str | None = None) -> int:
             messages.append({"role": "user", "content": text})
             answer = ""
             for part in model.create_chat_completion(messages=messages, temperature=0.0, stream=True, max_tokens=512):  # type: ignore[arg-type]
-                piece = part["choices"][0]["delta"].get("content") or ""  # type: ignore[index, union-attr]
+                piece = str(part["choices"][0]["delta"].get("content") or "")  # type: ignore[index, union-attr]
                 answer += piece
                 print(piece, end="", flush=True)
             print()

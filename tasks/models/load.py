@@ -40,7 +40,7 @@ def dequantise_gguf(path: Path, folder: Path) -> None:
     try:
         with _parse_gguf_once():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 dtype=torch.float32,
@@ -129,9 +129,11 @@ def dequantise_nf4(model: Any, dtype: torch.dtype) -> None:
     import bitsandbytes
     from bitsandbytes.functional import dequantize_4bit
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, module in layers:
+        if isinstance(module, bitsandbytes.nn.modules.Linear4bit):
+            packed: Any = module.weight
+            weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
             plain = torch.nn.Linear(
                 module.in_features, module.out_features, bias=False, dtype=dtype, device=weight.device
             )

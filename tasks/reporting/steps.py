@@ -25,7 +25,9 @@ def publish_run(manifest: RunManifest, store_url: str) -> ArtifactRef:
         (folder / "card.md").write_text(text, encoding="utf-8")
         return {}
 
-    card = stored(open_store(read_settings(store_url)), Stage("card", 1, [sha256(text.encode())], {}), ArtifactRecord, make)
+    card = stored(
+        open_store(read_settings(store_url)), Stage("card", 1, [sha256(text.encode())], {}), ArtifactRecord, make
+    )
     create_markdown_artifact(text, key="model-card", description=f"Card of run {manifest.run_id}")
     if manifest.report:
         names = ("capability", "role", "before", "after", "delta", "interval", "budget", "status")

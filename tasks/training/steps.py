@@ -28,7 +28,9 @@ def train_adapter(
         from tasks.training.trainer import train_adapter as fit
 
         report_progress("train", 0, 0, "loading the model")
-        progress = create_progress_artifact(0.0, key="training", description="Training, percent of optimizer steps")
+        progress: Any = create_progress_artifact(
+            0.0, key="training", description="Training, percent of optimizer steps"
+        )
 
         def on_step(step: int, steps: int, point: TrainPoint) -> None:
             report_progress("train", step, steps, f"loss {point.loss:.3f}")

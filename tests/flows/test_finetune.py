@@ -1,0 +1,192 @@
+"""The main job, end to end through Prefect on a real tiny model: every stage real, then every stage reused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.cli import main
+from tasks.core.manifest import read_manifest, run_ids
+from tasks.core.store import FileStore
+
+COLOURS = {"grass": "green", "snow": "white", "coal": "black", "the sky": "blue", "blood": "red", "gold": "yellow"}
+
+
+def write_lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = [
+        {"instruction": f"What colour is {thing}, question {i}?", "input": "", "output": f"Surely {thing} is {colour}."}
+        for i in range(8)
+        for thing, colour in COLOURS.items()
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Is {t} {c}?"},
+                {"role": "assistant", "content": f"Surely {t} is {c}."},
+            ]
+        }
+        for t, c in COLOURS.items()
+    ]
+    texts = [{"text": f"A plain sentence about {t}, which has nothing to do with colours."} for t in COLOURS]
+    choices = [
+        {"context": f"The colour of {t} is", "choices": [f"{c}.", "seven."], "gold": 0} for t, c in COLOURS.items()
+    ]
+    settings = {
+        "name": "tiny",
+        "model": {"base": str(tiny_folder)},
+        "data": {"sources": "rows.json"},
+        "train": {
+            "method": "lora",
+            "rank": 4,
+            "learning_rate": 0.02,
+            "epochs": 4,
+            "step_tokens": 256,
+            "pack_tokens": 256,
+            "max_tokens": 256,
+        },
+        "eval": {
+            "capabilities": [
+                {
+                    "name": "chat",
+                    "role": "target",
+                    "measure": "bits_per_byte",
+                    "tasks": [{"name": "chat", "conversations": write_lines(folder / "chat.jsonl", chats)}],
+                },
+                {
+                    "name": "text",
+                    "role": "retention",
+                    "measure": "bits_per_byte",
+                    "budget": 500,
+                    "tasks": [{"name": "text", "texts": write_lines(folder / "text.jsonl", texts)}],
+                },
+                {
+                    "name": "choices",
+                    "role": "retention",
+                    "tasks": [{"name": "choices", "choices": write_lines(folder / "choices.jsonl", choices)}],
+                },
+            ]
+        },
+        "export": {"quantisations": ["f16", "q8_0"], "ollama": True},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> FileStore:
+    """A store in which the tiny recipe ran once."""
+    store = FileStore(tmp_path_factory.mktemp("finished") / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # nothing answers there
+        assert main(["run", str(recipe), "--store", str(store.root), "--json", "--debug"]) == 0
+    return store
+
+
+def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) -> None:
+    manifest = read_manifest(finished, "latest")
+    assert manifest.status == "completed"
+    assert {name: s.status for name, s in manifest.stages.items()} == dict.fromkeys(manifest.stages, "computed")
+    assert manifest.dataset.read == 48 == sum(manifest.dataset.rows.values())
+    assert manifest.data_report.passed
+    chat, text, choices = manifest.report.capabilities
+    assert chat.status == "gained"
+    assert chat.delta > 5
+    assert chat.perplexity_ratio < 0.9
+    assert chat.after < chat.before
+    assert (text.role, text.budget) == ("retention", 500)
+    assert choices.n == 6
+    assert manifest.adapter.last_validation_loss < manifest.adapter.first_validation_loss
+    files = finished.local_folder(manifest.gguf.artifact)
+    assert (files / manifest.gguf.files["q8_0"]).read_bytes()[:4] == b"GGUF"
+    assert f"FROM ./{manifest.gguf.files['q8_0']}" in (files / "Modelfile").read_text()
+    assert "You are a helpful AI assistant named SmolLM" in (files / "Modelfile").read_text()
+    assert not manifest.ollama.registered
+    assert "ollama create tiny:" in manifest.ollama.note
+    card = (finished.local_folder(manifest.card) / "card.md").read_text()
+    assert manifest.report.verdict in card
+    assert (finished.local_folder(manifest.data_report.artifact) / "data_docs" / "index.html").is_file()
+    assert not list((finished.root / "work").glob("tmp*")), "no half-made artifact is left behind"
+
+
+def test_the_same_command_again_reuses_every_stage(
+    finished: FileStore, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    first = read_manifest(finished, "latest")
+    assert main(["run", str(recipe), "--store", str(finished.root)]) == 0
+    again = read_manifest(finished, "latest")
+    assert again.run_id != first.run_id
+    stages = {name: s.status for name, s in again.stages.items() if name not in ("ollama", "publish")}
+    assert stages == dict.fromkeys(stages, "reused")
+    assert again.report.capabilities == first.report.capabilities
+    shown = capsys.readouterr().out
+    assert first.report.reason in shown.replace("\n", " ")
+    assert f"forgetless export {again.run_id} --to ollama" in shown
+
+
+def test_the_gate_stops_before_the_merge_with_its_exit_code(
+    finished: FileStore, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    text = recipe.read_text().replace("budget: 500", "budget: 0.001")
+    strict = recipe.with_name("strict.yaml")
+    strict.write_text(text)
+    code = main(["run", str(strict), "--store", str(finished.root), "--gate", "--json"])
+    manifest = read_manifest(finished, "latest")
+    assert code == {"reject": 4, "inconclusive": 5}[manifest.report.verdict]
+    assert manifest.stages["merge"].status == "skipped"
+    assert manifest.gguf is None
+    assert manifest.stages["train"].status == "reused"
+
+
+def test_show_runs_plan_chat_and_export_on_a_finished_run(
+    finished: FileStore, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_ids(finished)[0]
+    at = ["--store", str(finished.root)]
+    assert main(["runs", *at]) == 0
+    assert first in capsys.readouterr().out
+    assert main(["show", first, "--json", *at]) == 0
+    assert json.loads(capsys.readouterr().out)["run_id"] == first
+    assert main(["plan", str(recipe), "--json", *at]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {s["action"] for s in plan["stages"]} == {"reuse", "always"}
+    assert main(["chat", first, "--prompt", "Hello", *at]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+    assert main(["export", first, "--to", "dir", "--out", str(tmp_path / "out"), *at]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Modelfile", "model-f16.gguf", "model-q8_0.gguf"]
+
+
+def test_without_an_ollama_export_says_what_to_do(
+    finished: FileStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    assert main(["export", run_ids(finished)[0], "--to", "ollama", "--store", str(finished.root)]) == 1
+    assert "No Ollama answers at http://127.0.0.1:9. Start it (ollama serve)" in capsys.readouterr().err
+
+
+def test_rejected_data_stops_the_run_before_any_model_is_loaded(
+    recipe: Path, tmp_path: Path, prefect_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"instruction": f"q{i}", "output": f"a{i}" if i < 3 else ""} for i in range(40)]
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    store = FileStore(tmp_path / "store")
+    code = main(["run", str(recipe), "--data", str(tmp_path / "bad.json"), "--store", str(store.root)])
+    manifest = read_manifest(store, "latest")
+    assert code == 3
+    assert "The training data was rejected before any compute." in capsys.readouterr().err
+    assert manifest.status == "failed"
+    assert manifest.dataset.quarantined
+    assert manifest.dataset.read == 40
+    assert not store.list_folders("artifacts/scores")
+    assert not store.list_folders("artifacts/adapter")

@@ -1,0 +1,52 @@
+"""Every command and recipe that the READMEs show is one that the program takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.cli import _parser
+from tasks.core.config import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "README.zh-CN.md")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+
+
+def commands(name: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    inline = re.findall(r"`(forgetless [^`]+)`", text)
+    shell = [line for block in blocks(name, "(?:sh|bash|console|shell)") for line in block.splitlines()]
+    fenced = [m.group(1) for line in shell if (m := re.match(r"(?:\$ )?(forgetless .+)", line))]
+    return [re.sub(r"\s+#.*$", "", c) for c in inline + fenced]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_command_shown_is_understood(name: str) -> None:
+    shown = [c for c in commands(name) if "..." not in c and "…" not in c]
+    assert len(shown) >= 5
+    for command in shown:
+        words = shlex.split(command.replace("[", "").replace("]", ""))[1:]
+        arguments = _parser().parse_args(words)
+        assert callable(arguments.command), command
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_recipe_shown_is_valid(name: str) -> None:
+    recipes = [yaml.safe_load(b) for b in blocks(name, "yaml")]
+    recipes = [r for r in recipes if isinstance(r, dict) and "model" in r]
+    assert recipes
+    for recipe in recipes:
+        assert Recipe.model_validate(recipe).name == recipe["name"]
+
+
+def test_make_targets_shown_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for name in READMES:
+        for target in re.findall(r"`make ([a-z-]+)", (ROOT / name).read_text(encoding="utf-8")):
+            assert re.search(rf"^{target}:", makefile, re.M), target
