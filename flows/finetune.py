@@ -52,10 +52,10 @@ def finetune(
     run = Run(place, config, run_id or new_run_id(config.name))
     url = settings.store_url
     with run.recorded() as manifest:
-        manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
         manifest.dataset = dataset = run.stage("dataset", lambda: fetch_dataset(config.data, url))
         manifest.data_report = report = run.stage("validate", lambda: validate_dataset(config.data, dataset, url))
         require_valid(report)
+        manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
         manifest.before = before = run.stage(
             "before", lambda: score_model(config.model, config.eval, base, None, url, "before")
         )

@@ -70,9 +70,9 @@ def plan_run(recipe: Recipe, store: Store) -> dict[str, Any]:
     source = locate_base(recipe.model)
     suite = suite_digest(recipe.eval)
     trust = recipe.model.trust_remote_code
-    base = look("base", base_stage(recipe.model, source.content), BaseRef)
     dataset = look("dataset", dataset_stage(recipe.data, source_digests(recipe.data)), DatasetRef)
     look("validate", validation_stage(recipe.data, dataset) if dataset else None, DataReport)
+    base = look("base", base_stage(recipe.model, source.content), BaseRef)
     before = look("before", scores_stage(recipe.eval, suite, base, None, trust) if base else None, ScoreSheet)
     adapter = look("train", adapter_stage(recipe.train, base, dataset) if base and dataset else None, AdapterRef)
     after = look(

@@ -1,5 +1,6 @@
 """What the command line shows: the stages as they pass, and the tables at the end."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -53,10 +54,11 @@ class RunScreen:
         self.note = ""
         self.rows: list[tuple[str, str, float]] = []
         self.live: Live | None = None
+        self.watching = contextlib.ExitStack()
 
     def __enter__(self) -> "RunScreen":
         if self.enabled:
-            watch_progress(self._on_progress)
+            self.watching.enter_context(watch_progress(self._on_progress))
             self.console.print(f"[bold]forgetless[/] run [bold]{self.run_id}[/]")
             if self.console.is_terminal:
                 self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
@@ -64,6 +66,7 @@ class RunScreen:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.watching.close()
         if self.live:
             self.stage = ""
             self.live.stop()
@@ -189,7 +192,7 @@ def show_plan(plan: dict[str, Any]) -> None:
 def show_runs(manifests: list[RunManifest], store: Store) -> None:
     console = _console()
     if not manifests:
-        console.print(f"There are no runs in {_place(store.url)} yet. Start one with: forgetless run quickstart")
+        console.print(f"There are no runs in {_place(store.url)} yet. Start one with: forgetless run quickstart", soft_wrap=True)
         return
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     for name in ("Run", "Status", "Target", "Worst retention", "Verdict", "Took"):

@@ -26,7 +26,7 @@ from tasks.core.store import Store
 
 VERSION = 1
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
-STAGES = ("base", "dataset", "validate", "before", "train", "after", "compare", "merge", "gguf", "ollama", "publish")
+STAGES = ("dataset", "validate", "base", "before", "train", "after", "compare", "merge", "gguf", "ollama", "publish")
 # Each entry turns a manifest of version N (a plain dict) into one of version N + 1.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 

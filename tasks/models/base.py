@@ -4,6 +4,7 @@ A base is a Hub id, a local folder or a GGUF file (also one that a Python packag
 see a Hugging Face folder with safetensors; a GGUF is dequantised into one, exactly.
 """
 
+import functools
 import importlib.util
 import json
 import re
@@ -66,8 +67,15 @@ def _packaged_file(name: str) -> Path:
 def _gguf(path: Path) -> BaseSource:
     if not path.is_file():
         raise ModelError(f"The base model {path} is not there: expected a .gguf file.")
+    facts = path.stat()
+    return BaseSource("gguf", path, _whole_gguf(path, facts.st_size, facts.st_mtime_ns))
+
+
+@functools.cache  # the plan and the run's first stage ask for the same file
+def _whole_gguf(path: Path, size_bytes: int, changed_ns: int) -> str:
+    """Return the sha256 of a GGUF file that llama.cpp finds whole."""
     read_gguf_metadata(path)
-    return BaseSource("gguf", path, file_sha256(path))
+    return file_sha256(path)
 
 
 def read_gguf_metadata(path: Path) -> dict[str, str]:

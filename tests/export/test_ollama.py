@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_ollama import RecordedOllama, read_recordings
 
 from tasks.core.digest import file_sha256
 from tasks.core.errors import ExportError
@@ -25,6 +24,7 @@ from tasks.export.ollama import (
     register_model,
     write_modelfile,
 )
+from tests.export.recorded_ollama import RecordedOllama, read_recordings
 
 PROMPT = "What is the capital of France?"
 PARIS = "The capital of France is Paris."

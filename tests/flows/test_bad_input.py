@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from flows.cli import main
+from tasks.core.config import ModelConfig
 from tasks.core.errors import ModelError
 from tasks.models.base import locate_base
-from tasks.core.config import ModelConfig
 
 
 @pytest.fixture
