@@ -192,7 +192,9 @@ def show_plan(plan: dict[str, Any]) -> None:
 def show_runs(manifests: list[RunManifest], store: Store) -> None:
     console = _console()
     if not manifests:
-        console.print(f"There are no runs in {_place(store.url)} yet. Start one with: forgetless run quickstart", soft_wrap=True)
+        console.print(
+            f"There are no runs in {_place(store.url)} yet. Start one with: forgetless run quickstart", soft_wrap=True
+        )
         return
     table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
     for name in ("Run", "Status", "Target", "Worst retention", "Verdict", "Took"):

@@ -66,7 +66,10 @@ def test_a_deployed_run_goes_through_a_worker(recipe: Path, tmp_path: Path) -> N
         prefect("work-pool", "create", "cpu", "--type", "process")
         assert "finetune/cpu" in prefect("deploy", "--all")
         worker = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cpu"], env=environment, stdout=log, stderr=log
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cpu"],
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
         shown = prefect("deployment", "run", "finetune/cpu", "-p", f"recipe={recipe}", "--watch")
         assert "Completed" in shown or "completed" in shown

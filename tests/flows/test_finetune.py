@@ -100,7 +100,7 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert manifest.data_report.passed
     chat, text, choices = manifest.report.capabilities
     assert chat.status == "gained"
-    assert chat.delta > 5
+    assert chat.delta > 2
     assert chat.perplexity_ratio < 0.9
     assert chat.after < chat.before
     assert (text.role, text.budget) == ("retention", 500)
@@ -138,12 +138,16 @@ def test_the_gate_stops_before_the_merge_with_its_exit_code(
     finished: FileStore, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    text = recipe.read_text().replace("budget: 500", "budget: 0.001")
+    settings = yaml.safe_load(recipe.read_text())
+    chat, text, choices = settings["eval"]["capabilities"]
+    # Six items cannot show a gain, whatever was learned.
+    settings["eval"]["capabilities"] = [{**choices, "role": "target"}, text]
     strict = recipe.with_name("strict.yaml")
-    strict.write_text(text)
+    strict.write_text(yaml.safe_dump(settings))
     code = main(["run", str(strict), "--store", str(finished.root), "--gate", "--json"])
     manifest = read_manifest(finished, "latest")
-    assert code == {"reject": 4, "inconclusive": 5}[manifest.report.verdict]
+    assert manifest.report.verdict == "inconclusive"
+    assert code == 5
     assert manifest.stages["merge"].status == "skipped"
     assert manifest.gguf is None
     assert manifest.stages["train"].status == "reused"

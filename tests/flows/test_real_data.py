@@ -26,13 +26,15 @@ doc_to_text: "{text}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: gold
 target_delimiter: "{delimiter}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}, {{metric: acc_norm, aggregation: mean, higher_is_better: true}}]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
 """
 
 
 def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / "eval" / name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in (DATA / "eval" / name).read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 @pytest.fixture
@@ -107,5 +109,7 @@ def test_the_quickstart_on_a_real_training_file(tmp_path: Path, prefect_server: 
     options = ["--set", "train.max_steps=4", "--set", "eval.limit=40", "--set", "train.max_tokens=384"]
     assert main(["run", "quickstart", "--data", rows_file, *options, "--store", str(store.root), "--json"]) == 0
     manifest = read_manifest(store, "latest")
-    assert manifest.dataset.read == 689 == sum(manifest.dataset.rows.values()) + sum(manifest.dataset.quarantined.values())
+    assert (
+        manifest.dataset.read == 689 == sum(manifest.dataset.rows.values()) + sum(manifest.dataset.quarantined.values())
+    )
     assert manifest.report.capabilities[0].status == "gained"

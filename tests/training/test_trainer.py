@@ -91,7 +91,10 @@ def test_rows_that_are_all_too_long_are_said(tiny_folder: Path, dataset: Path, t
 def test_a_loss_that_is_no_number_stops_with_advice(
     tiny_folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.training.trainer.summed_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        "tasks.training.trainer.summed_loss",
+        lambda model, pack, device: float("nan") * sum(p.sum() for p in model.parameters() if p.requires_grad),
+    )
     with pytest.raises(ForgetlessError, match=r"the loss is nan. Lower train.learning_rate \(now 0.02\)"):
         train(tiny_folder, dataset, tmp_path / "a", config())
 
