@@ -325,7 +325,7 @@ def failed() -> RunManifest:
         started=START,
         finished=START + timedelta(seconds=38),
         error=f"data.jsonl:7: a conversation must end with the assistant, found {HOSTILE!r}.\nFix the row.",
-        stages=stages(1, "failed"),
+        stages=stages(0, "failed"),
     )
 
 

@@ -142,7 +142,7 @@ def test_run_shows_verdict_reason_and_all_numbers(show: Show, tmp_path: Path) ->
     assert "你好！我是一个小小的语言模型" in text
     assert "Registered in Ollama at http://127.0.0.1:11434 as quickstart." in text
     assert "ollama run quickstart" in text
-    assert "base,↺ reused,0.1 s" in text
+    assert "dataset,↺ reused,0.1 s" in text
     assert "train,✓ computed,1 min 12 s" in text
     assert "learning_rate: 0.001" in text
     assert "教小模型用中文回答" in text

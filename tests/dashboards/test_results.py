@@ -125,7 +125,7 @@ def test_a_run_without_verdict_and_a_failure_after_the_verdict_show_both_facts()
 @pytest.mark.parametrize(
     ("done", "then", "text"),
     [
-        (0, "running", "Fetching the base model · stage 1 of 11"),
+        (0, "running", "Preparing the data · stage 1 of 11"),
         (4, None, "Next: Training the adapter · stage 5 of 11"),
         (10, "running", "Publishing the results · stage 11 of 11"),
         (11, None, "Publishing the results · stage 11 of 11"),

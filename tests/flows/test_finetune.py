@@ -139,7 +139,7 @@ def test_the_gate_stops_before_the_merge_with_its_exit_code(
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     settings = yaml.safe_load(recipe.read_text())
-    chat, text, choices = settings["eval"]["capabilities"]
+    _, text, choices = settings["eval"]["capabilities"]
     # Six items cannot show a gain, whatever was learned.
     settings["eval"]["capabilities"] = [{**choices, "role": "target"}, text]
     strict = recipe.with_name("strict.yaml")
