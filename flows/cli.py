@@ -157,7 +157,12 @@ def _runs(arguments: argparse.Namespace) -> int:
     from tasks.core.store import open_store
 
     store = open_store(read_settings(arguments.store))
-    manifests = [read_manifest(store, run_id) for run_id in run_ids(store)]
+    manifests = []
+    for run_id in run_ids(store):
+        try:
+            manifests.append(read_manifest(store, run_id))
+        except ForgetlessError as error:  # one unreadable run must not hide the others
+            print(f"forgetless: {error}", file=sys.stderr)
     if arguments.json:
         _print_json([m.model_dump(mode="json") for m in manifests])
     else:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 from prefect import flow, runtime
@@ -22,7 +23,7 @@ from tasks.core.errors import ForgetlessError
 from tasks.core.manifest import STAGES, RunManifest, StageState, new_run_id, write_manifest
 from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRecord, Record
-from tasks.core.settings import read_settings
+from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
 from tasks.data.steps import fetch_dataset, require_valid, validate_dataset
 from tasks.evaluation.steps import compare_scores
@@ -30,11 +31,17 @@ from tasks.export.steps import convert_to_gguf, merge_adapter, register_in_ollam
 from tasks.models.steps import prepare_base
 from tasks.reporting.steps import publish_run
 
+quiet_libraries()  # a worker imports this module, not the command line
 Result = TypeVar("Result", bound=Record)
 LIBRARIES = ("forgetless", "torch", "transformers", "peft", "bitsandbytes", "lm-eval", "great-expectations", "prefect")
 
 
-@flow(name="finetune", flow_run_name="{run_id}", persist_result=False, validate_parameters=True)
+def _run_name() -> str:
+    parameters = runtime.flow_run.parameters or {}
+    return str(parameters.get("run_id") or f"finetune-{Path(str(parameters.get('recipe'))).stem}")
+
+
+@flow(name="finetune", flow_run_name=_run_name, persist_result=False, validate_parameters=True)
 def finetune(
     recipe: Annotated[str, Field(description="A shipped recipe's name, or the path of a recipe file.")] = "quickstart",
     overrides: Annotated[list[str], Field(description="section.key=value, such as train.rank=8.")] = [],  # noqa: B006

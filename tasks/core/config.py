@@ -246,8 +246,9 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping with name, model, data and eval; found {_kind(raw)}.")
-    problems = _apply_overrides(raw, overrides or [])
     _make_paths_absolute(raw, path.resolve().parent)
+    problems = _apply_overrides(raw, overrides or [])
+    _make_paths_absolute(raw, Path.cwd())  # what an override brought is relative to where the user stands
     if data is not None:  # after the recipe's own paths: this one is relative to where the user stands
         section = raw.setdefault("data", {})
         if isinstance(section, dict):
@@ -313,7 +314,7 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
         capabilities = evaluation.get("capabilities")
         for capability in capabilities if isinstance(capabilities, list) else []:
             tasks = capability.get("tasks") if isinstance(capability, dict) else None
-            for task in tasks if isinstance(tasks, list) else []:
+            for task in tasks if isinstance(tasks, list) else [tasks]:
                 for key in ("conversations", "texts", "choices"):
                     if isinstance(task, dict) and isinstance(task.get(key), str):
                         task[key] = str((folder / task[key]).absolute())

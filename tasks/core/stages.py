@@ -46,7 +46,7 @@ def scores_stage(
 ) -> Stage:
     """`suite` identifies the items and prompts. Precision and device class are in the key: they alone flip items."""
     section = {
-        **config.model_dump(mode="json", include={"limit", "seed", "builtin_tasks"}),
+        **config.model_dump(mode="json", include={"limit", "seed", "builtin_tasks", "batch_tokens"}),
         "tasks": [t.name for c in config.capabilities for t in c.tasks],
         "template": base.template,
         "method": adapter.method if adapter else None,

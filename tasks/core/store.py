@@ -151,13 +151,15 @@ class FileStore:
         target = self._path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, target)
         except OSError as error:
+            for litter in target.parent.glob(f".{target.name}.*"):
+                litter.unlink(missing_ok=True)
             raise StoreError(describe_os_error(error, f"write {path} to {self.url}")) from error
 
     def list_folders(self, path: str) -> list[str]:

@@ -121,9 +121,14 @@ def _change(capability: CapabilityConfig, pairs: Pairs, seed: int) -> PairedChan
     field = "nll" if capability.measure == "bits_per_byte" else capability.measure
     before, after = _values(pairs, field, capability.measure)
     clusters = _clusters(pairs)
-    if capability.measure == "bits_per_byte":
-        return ratio_change(before, after, clusters=clusters, seed=seed)
-    return accuracy_change(before, after, clusters=clusters)
+    try:
+        if capability.measure == "bits_per_byte":
+            return ratio_change(before, after, clusters=clusters, seed=seed)
+        if any(value not in (0, 1) for value in (*before, *after)):  # TruthfulQA's MC2 gives shares
+            return mean_change([100 * v for v in before], [100 * v for v in after], clusters=clusters, unit="points")
+        return accuracy_change(before, after, clusters=clusters)
+    except ValueError as error:
+        raise ComparisonError(f"{capability.name}: {error} Score more items.") from None
 
 
 def _values(pairs: Pairs, field: str, measure: str) -> tuple[list[float], list[float]]:
@@ -184,7 +189,7 @@ def _delta(
     else:
         columns = _values(pairs, capability.measure, capability.measure)
         before, after = (sum(column) / len(column) for column in columns)
-        if all(item.margin is not None for pair in pairs for item in pair):
+        if len(pairs) > 1 and all(item.margin is not None for pair in pairs for item in pair):
             margins = _values(pairs, "margin", "margin")
             margin = mean_change(*margins, clusters=_clusters(pairs))
             fields |= {

@@ -66,7 +66,7 @@ def score_model(
             1 / len(sample["arguments"])
             for leaf in leaves
             for sample in _one_filter(results["samples"].get(leaf, []))
-            if task_items[0].margin is not None
+            if task_items[0].acc is not None and len(sample["arguments"]) > 1
         ]
         version = ",".join(str(results["versions"].get(leaf)) for leaf in leaves)
         scores.append(summarise(name, task_items, sum(chances) / len(chances) if chances else None, version))
@@ -120,7 +120,7 @@ def _item(task: str, leaf: str, sample: dict[str, Any], tokenizer: Any) -> ItemS
         "task": task,
         "doc": sample["doc_hash"],
         "prompt": sample["prompt_hash"],
-        "cluster": cluster or (leaf if leaf != task else None),
+        "cluster": str(cluster) if cluster is not None else leaf if leaf != task else None,
         **{name: float(sample[name]) for name in ("acc", "acc_norm", "exact_match") if name in sample},
     }
     responses = [r[0] for r in sample["resps"]]

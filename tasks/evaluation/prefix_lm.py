@@ -21,7 +21,7 @@ ROW_TOKENS = {"cpu": 384, "cuda": 8192}
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """HFLM on a live model with `_loglikelihood_tokens` replaced; generation stays lm-eval's.
 
-    `on_progress(done, total)` counts requests. Source of the idea: prefix trees over a batch (tree attention)."""
+    `on_progress(done, total)` counts the requests of one kind."""
 
     def __init__(
         self, model: Any, tokenizer: Any, row_tokens: int | None, on_progress: Callable[[int, int], None]
@@ -29,17 +29,19 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
         self.row_tokens = row_tokens or ROW_TOKENS.get(str(self.device).partition(":")[0], 1024)
         self.on_progress = on_progress
-        self.done = 0
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return each text's log-likelihood, all windows of all texts packed together."""
         windows: list[Request] = []
         owner = []
         for i, (text,) in enumerate(request.args for request in requests):
+            tokens = self.tok_encode(text)
+            if tokens[:1] == [self.prefix_token_id]:  # Llama's tokenizer adds it, and the first window does again
+                tokens = tokens[1:]
             for context, continuation in map(
                 utils.make_disjoint_window,
                 utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(text),
+                    token_list=tokens,
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
@@ -66,13 +68,14 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 rows.append(TokenTree())
             rows[-1].add(i, inputs[i])
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        done = 0
         for scored in map_parallel(lambda row: self._score_row(row, requests), rows):
             for i, result in scored:
                 results[i] = result
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-            self.done += len(scored)
-            self.on_progress(self.done, 0)
+            done += len(scored)
+            self.on_progress(done, len(requests))
         return results
 
     @torch.inference_mode()
@@ -80,10 +83,14 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         """Return (request's index, its result) of every request in the row."""
         read = sorted({node for i, path in row.paths for node in path[-len(requests[i][2]) :]})
         column = {node: j for j, node in enumerate(read)}
+        mask = row.mask().to(self.device)
+        if self.model.config._attn_implementation == "eager":  # it adds the mask: True would add 1, and hide nothing
+            hidden = torch.finfo(self.model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~mask, hidden)
         logits = self.model(
             input_ids=torch.tensor([row.tokens], device=self.device),
             position_ids=torch.tensor([row.depths], device=self.device),
-            attention_mask=row.mask().to(self.device),
+            attention_mask=mask,
             use_cache=False,
             logits_to_keep=torch.tensor(read, device=self.device),
         ).logits[0]

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import task
 
 from tasks.core.config import EvalConfig, ModelConfig
+from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
 from tasks.core.records import AdapterRef, BaseRef, ForgettingReport, ItemScore, ScoreSheet
 from tasks.core.settings import read_settings
@@ -36,7 +37,7 @@ def score_model(
 
         started = time.monotonic()
         report_progress(moment, 0, 0, "loading the model")
-        where = open_base(store, base)
+        where = open_base(store, base, model)
         weights = store.local_folder(adapter.artifact) if adapter else None
         loaded = load_shipped(
             where,
@@ -51,7 +52,10 @@ def score_model(
         (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items), encoding="utf-8")
         del loaded
         free_memory()
-        settings = {**precision(), "limit": str(evaluation.limit), "seed": str(evaluation.seed)}
+        settings = {
+            **precision(),
+            **{name: str(getattr(evaluation, name)) for name in ("limit", "seed", "batch_tokens")},
+        }
         return {"tasks": [t.model_dump() for t in tasks], "settings": settings, "seconds": time.monotonic() - started}
 
     return stored(store, stage, ScoreSheet, make)
@@ -66,7 +70,7 @@ def compare_scores(evaluation: EvalConfig, before: ScoreSheet, after: ScoreSheet
         from tasks.evaluation.forgetting import compare_scores as compare
 
         fields = compare(evaluation, before, read_items(store, before), after, read_items(store, after))
-        (folder / "report.json").write_text(ForgettingReport(artifact=before.artifact, **fields).model_dump_json())
+        (folder / "report.json").write_bytes(canonical_json(fields))
         return fields
 
     return stored(store, comparison_stage(evaluation, before, after), ForgettingReport, make)

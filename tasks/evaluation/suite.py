@@ -4,6 +4,7 @@ A file task is an lm-eval ConfigurableTask over rows read here, so scoring, few-
 
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tasks.core.digest import content_digest, file_sha256
 from tasks.core.errors import ConfigError
 from tasks.models.template import render
 
+TASK_FILES = {"", ".yaml", ".yml", ".py", ".jinja"}  # lm-eval's shared templates have no suffix
 DATA_FILE = re.compile(r"[^\s'\"{}\[\],:]+\.(?:jsonl?|csv|tsv|parquet|txt)\b")
 
 
@@ -29,12 +31,14 @@ def suite_digest(config: EvalConfig) -> str:
             problems.append(
                 f"eval task {task.name}: the file {task.file} is not there. Correct its path in the recipe."
             )
-    for folder in map(Path, config.task_folders):
+    if config.builtin_tasks:
+        files["lm-eval"] = metadata.version("lm-eval")
+    for number, folder in enumerate(map(Path, config.task_folders)):
         if not folder.is_dir():
             problems.append(f"eval.task_folders: {folder} is not a folder. Correct its path in the recipe.")
             continue
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in {".yaml", ".py"}):
-            files[path.relative_to(folder).as_posix()] = file_sha256(path)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in TASK_FILES):
+            files[f"{number}/{path.relative_to(folder).as_posix()}"] = file_sha256(path)
             for name in DATA_FILE.findall(path.read_text(encoding="utf-8")):
                 if Path(name).is_file():  # lm-eval reads data_files relative to where the run was started
                     files[name] = file_sha256(Path(name))

@@ -31,7 +31,7 @@ def merge_adapter(model: ModelConfig, base: BaseRef, adapter: AdapterRef, store_
 
         report_progress("merge", 0, 0, "merging")
         fields = write_merged(
-            open_base(store, base),
+            open_base(store, base, model),
             store.local_folder(adapter.artifact),
             adapter.method,
             base.template,

@@ -19,7 +19,7 @@ from tasks.core.records import BaseRef
 from tasks.core.store import Store
 
 POINTER = "base.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+HUB_FILES = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ def _whole_gguf(path: Path, size_bytes: int, changed_ns: int) -> str:
     return file_sha256(path)
 
 
+@functools.cache  # a run asks for a folder's content at every stage
+def _unchanged_sha256(path: Path, size_bytes: int, changed_ns: int) -> str:
+    return file_sha256(path)
+
+
 def read_gguf_metadata(path: Path) -> dict[str, str]:
     """Return a GGUF file's metadata. Raises ModelError unless every tensor lies inside the file, by llama.cpp."""
     with path.open("rb") as file:
@@ -108,8 +113,8 @@ def _folder_content(folder: Path) -> str:
             f"{folder} is not a model folder: expected config.json and *.safetensors"
             + (f", found {pickled[0].name}, which is never unpickled: convert it to safetensors." if pickled else ".")
         )
-    names = [*weights, *(p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt"})]
-    return content_digest({p.name: file_sha256(p) for p in names})
+    names = [*weights, *(p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt", ".py"})]
+    return content_digest({p.name: _unchanged_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in names})
 
 
 def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
@@ -151,7 +156,7 @@ def write_base(source: BaseSource, config: ModelConfig, folder: Path) -> dict[st
         place = folder
     else:
         (folder / POINTER).write_text(
-            json.dumps({"base": config.base, "content": source.content, "revision": source.revision}), encoding="utf-8"
+            json.dumps({"content": source.content, "revision": source.revision}), encoding="utf-8"
         )
         place = source.path
     return {
@@ -163,16 +168,16 @@ def write_base(source: BaseSource, config: ModelConfig, folder: Path) -> dict[st
     }
 
 
-def open_base(store: Store, base: BaseRef) -> Path:
+def open_base(store: Store, base: BaseRef, config: ModelConfig) -> Path:
     """Return the base's Hugging Face folder on this machine. Raises ModelError if its bytes are not those recorded."""
     folder = store.local_folder(base.artifact)
     pointer = folder / POINTER
     if not pointer.is_file():
         return folder
     facts = json.loads(pointer.read_text(encoding="utf-8"))
-    source = locate_base(ModelConfig(base=facts["base"], revision=facts["revision"]))
+    source = locate_base(config.model_copy(update={"revision": facts["revision"] or config.revision}))
     if source.content != facts["content"]:
-        raise ModelError(f"The base model {facts['base']} has changed since this run began. Start the run again.")
+        raise ModelError(f"The base model {config.base} has changed since this run began. Start the run again.")
     return source.path
 
 

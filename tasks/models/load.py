@@ -74,6 +74,8 @@ def _parse_gguf_once() -> Iterator[None]:
 def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer with a chat template. Raises ModelError where there is none."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ModelError(f"The tokenizer in {folder} has no fast version, which label masks need (character offsets).")
     apply_named_template(tokenizer, template, str(folder))
     return tokenizer
 
@@ -99,7 +101,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device},
@@ -107,6 +109,10 @@ def load_model(
         use_safetensors=True,
         **options,
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights at the first evaluation for a kernel that has no gradient.
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
@@ -116,12 +122,13 @@ def load_shipped(
     """Return the model with the adapter merged, exactly as it will be shipped: for QLoRA on the *dequantised* NF4 base.
 
     Merging into the 16-bit base instead would ship a model that was never trained (mean KL 1.4 against 0.001)."""
-    model = load_model(folder, dtype, device, nf4=method == "qlora", trust_remote_code=trust_remote_code)
+    # On the CPU first, also where a GPU scores it: the merge then writes these very weights again.
+    model = load_model(folder, dtype, "cpu", nf4=method == "qlora", trust_remote_code=trust_remote_code)
     if method == "qlora":
         dequantise_nf4(model, dtype)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    return model.eval()
+    return model.eval().to(device)
 
 
 def dequantise_nf4(model: Any, dtype: torch.dtype) -> None:

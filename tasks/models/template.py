@@ -7,6 +7,8 @@ Marks come from rendering a conversation's prefixes, not from token ids: a model
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from tasks.core.errors import ModelError
 
 Message = dict[str, str]
@@ -35,7 +37,7 @@ NAMED_TEMPLATES = {
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }} "
         "{% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
         "{% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     ),
 }
 
@@ -51,7 +53,11 @@ class Example:
 def apply_named_template(tokenizer: Any, name: str, base: str) -> None:
     """Give `tokenizer` the named template, or check that it has its own where `name` is auto. Raises ModelError."""
     if name != "auto":
-        tokenizer.chat_template = NAMED_TEMPLATES[name]
+        template = NAMED_TEMPLATES[name]
+        adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+        if adds_bos and "bos_token" not in template:  # a server adds it too, so it must be there in training
+            template = "{{ bos_token }}" + template
+        tokenizer.chat_template = template
     elif not tokenizer.chat_template:
         raise ModelError(
             f"The base model {base} ships no chat template. Name one with model.template "
@@ -61,7 +67,11 @@ def apply_named_template(tokenizer: Any, name: str, base: str) -> None:
 
 def render(tokenizer: Any, messages: list[Message], answer_next: bool = False) -> str:
     """Return the conversation as the text the model sees; with `answer_next`, up to where the assistant would write."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+    except TemplateError as error:  # Gemma's refuses a system turn, others two turns of one role
+        roles = ", ".join(message["role"] for message in messages)
+        raise ModelError(f"The base's chat template refuses a conversation of {roles}: {error}") from None
     assert isinstance(text, str)
     return text
 
@@ -90,7 +100,8 @@ def encode_conversation(tokenizer: Any, messages: list[Message]) -> list[Example
 
 def _encode(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Example:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    supervised = [any(start <= a and a < end for start, end in spans) for a, _ in encoded["offset_mapping"]]
+    # A token that only overlaps an answer counts too: some tokenizers put a prompt's last space into its first word.
+    supervised = [any(a < end and b > start for start, end in spans) for a, b in encoded["offset_mapping"]]
     return Example(list(encoded["input_ids"]), supervised)
 
 
@@ -103,7 +114,7 @@ def default_system(tokenizer: Any) -> str | None:
     user = {"role": "user", "content": "x"}
     try:
         given = render(tokenizer, [{"role": "system", "content": mark}, user])
-    except Exception:
+    except ModelError:
         return None
     own = render(tokenizer, [user])
     head, found, tail = given.partition(mark)

@@ -39,7 +39,7 @@ def train_adapter(
                 update_progress_artifact(artifact_id=progress, progress=100 * step / steps)
 
         fields = fit(
-            open_base(store, base),
+            open_base(store, base, model),
             base.template,
             store.local_folder(dataset.artifact),
             train,

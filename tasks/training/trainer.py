@@ -49,10 +49,13 @@ def train_adapter(
 
     torch.manual_seed(config.seed)  # LoRA's A matrices and dropout
     model = load_model(base, dtype, device, nf4=config.method == "qlora", trust_remote_code=trust_remote_code)
-    model = add_adapter(model, config, dtype)
+    model = add_adapter(model, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+
+    # Threads would draw their dropout from one generator in any order, and the run could not be repeated.
+    side_by_side = map if config.lora_dropout else map_parallel
 
     def gradients_of(pack: Pack) -> tuple[float, tuple[torch.Tensor, ...]]:
         loss = summed_loss(model, pack, device)
@@ -69,7 +72,7 @@ def train_adapter(
         labels = sum(pack.supervised for pack in packs)
         model.train()
         loss = 0.0
-        for part, gradients in map_parallel(gradients_of, packs):
+        for part, gradients in side_by_side(gradients_of, packs):
             # Divided by the whole step's labels: the same gradient however the step is cut into packs.
             loss += part / max(1, labels)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -77,7 +80,7 @@ def train_adapter(
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise ForgetlessError(
                 f"Training stopped at step {number} of {len(steps)}: the loss is {loss}. Lower train.learning_rate "
                 f"(now {config.learning_rate:g}) and run again."
@@ -93,7 +96,7 @@ def train_adapter(
             step=number,
             loss=loss,
             learning_rate=rate,
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else None,  # float16 overflows while its scale is found
             tokens_per_second=step_tokens / seconds,
             validation_loss=mean_loss(model, validation, device) if due else None,
         )
@@ -101,7 +104,13 @@ def train_adapter(
         on_step(number, len(steps), point)
 
     model.save_pretrained(out, safe_serialization=True)
-    (out / "curve.jsonl").write_text("".join(p.model_dump_json() + "\n" for p in curve), encoding="utf-8")
+    # What differs from run to run or machine to machine stays out of the files: equal trainings have equal digests.
+    (out / "curve.jsonl").write_text(
+        "".join(p.model_dump_json(exclude={"tokens_per_second"}) + "\n" for p in curve), encoding="utf-8"
+    )
+    settings = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = None
+    (out / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
     (out / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run's own card says what this is
     return {
         "method": config.method,
@@ -118,7 +127,7 @@ def train_adapter(
     }
 
 
-def add_adapter(model: Any, config: TrainConfig, dtype: torch.dtype) -> Any:
+def add_adapter(model: Any, config: TrainConfig) -> Any:
     """Return the model with an untrained LoRA adapter. Raises ConfigError where target_modules match nothing."""
     settings = LoraConfig(
         r=config.rank,
@@ -128,8 +137,8 @@ def add_adapter(model: Any, config: TrainConfig, dtype: torch.dtype) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        # Trainable weights stay in float32 only where the base is; else they would be cast at every layer.
-        return get_peft_model(model, settings, autocast_adapter_dtype=dtype == torch.float16)
+        # PEFT keeps the adapter in float32 under a bfloat16 base: in bfloat16 the last, small updates would vanish.
+        return get_peft_model(model, settings)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise

@@ -65,7 +65,7 @@ def test_a_part_of_an_epoch_takes_its_share_and_max_steps_stops_it() -> None:
 def test_packing_and_accumulation_change_neither_loss_nor_gradients(tiny_folder: Path, pack_tokens: int) -> None:
     def run(packs: list) -> tuple[float, list[torch.Tensor]]:
         torch.manual_seed(0)
-        model = add_adapter(load_model(tiny_folder, torch.float32, "cpu"), TrainConfig(rank=4), torch.float32)
+        model = add_adapter(load_model(tiny_folder, torch.float32, "cpu"), TrainConfig(rank=4))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_B" in name:

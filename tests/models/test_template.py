@@ -1,0 +1,87 @@
+"""Label masks: the assistant's turns and their ends are learned, nothing else, whatever the template."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tasks.core.errors import ModelError
+from tasks.models.load import load_tokenizer
+from tasks.models.template import NAMED_TEMPLATES, apply_named_template, default_system, encode_conversation
+
+TALK = [
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "你好！有什么可以帮你？"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Goodbye."},
+]
+
+
+def learned(tokenizer, messages: list[dict[str, str]]) -> list[str]:
+    """Return the runs of supervised text."""
+    (example,) = encode_conversation(tokenizer, messages)
+    runs: list[list[int]] = []
+    previous = False
+    for token, supervised in zip(example.ids, example.supervised, strict=True):
+        if supervised and not previous:
+            runs.append([])
+        if supervised:
+            runs[-1].append(token)
+        previous = supervised
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_smollm2_learns_its_turns_and_the_end_of_each(smollm_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm_folder, "auto")
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    assert learned(tokenizer, TALK) == ["你好！有什么可以帮你？<|im_end|>\n", "Goodbye.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_named_templates_learn_the_answers_and_their_end(smollm_folder: Path, name: str) -> None:
+    tokenizer = load_tokenizer(smollm_folder, name)
+    runs = learned(tokenizer, [{"role": "system", "content": "Be kind."}, *TALK])
+    assert [run.replace(tokenizer.eos_token, "").strip() for run in runs] == ["你好！有什么可以帮你？", "Goodbye."]
+    assert all(tokenizer.eos_token in run for run in runs)
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_one_example_per_answer(smollm_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm_folder, "auto")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: "
+        "{{ '[earlier]' if m['role'] == 'assistant' and not loop.last else m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    examples = encode_conversation(tokenizer, TALK)
+    ends = [tokenizer.decode([i for i, s in zip(e.ids, e.supervised, strict=True) if s]) for e in examples]
+    assert [e.strip() for e in ends] == ["你好！有什么可以帮你？<|im_end|>", "Goodbye.<|im_end|>"]
+
+
+def test_a_template_that_cannot_be_masked_is_refused(smollm_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm_folder, "auto")
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ModelError, match="cannot be masked"):
+        encode_conversation(tokenizer, TALK)
+
+
+def test_a_base_without_a_template_gets_an_error_that_lists_them(smollm_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm_folder, "auto")
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="chatml, llama2, alpaca, vicuna"):
+        apply_named_template(tokenizer, "auto", "some/base")
+
+
+def test_the_default_system_prompt_is_found(smollm_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm_folder, "auto")
+    assert default_system(tokenizer) == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert default_system(load_tokenizer(smollm_folder, "chatml")) is None
+
+
+def test_the_quickstart_rows_all_learn_something(smollm_folder: Path) -> None:
+    from tasks.core.config import RECIPES
+
+    tokenizer = load_tokenizer(smollm_folder, "auto")
+    lines = (RECIPES / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    examples = [e for line in lines for e in encode_conversation(tokenizer, json.loads(line)["messages"])]
+    assert len(examples) == len(lines) >= 240
+    assert all(any(e.supervised) and not e.supervised[0] for e in examples)
