@@ -3,8 +3,6 @@
 A small model's operations are too short to share among cores one by one: two packs at once on two cores train 1.8 times
 as fast as one after the other on both (256 tokens, 135M parameters), and every piece is bit-for-bit deterministic."""
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -12,10 +10,6 @@ from typing import TypeVar
 import torch
 
 from tasks.core.hardware import device_class
-
-# One heap for all threads: with one each, what a thread freed stays with it, and training takes 1.1 GB more.
-with contextlib.suppress(OSError, AttributeError):  # glibc only
-    ctypes.CDLL("libc.so.6").mallopt(-8, 1)  # M_ARENA_MAX
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

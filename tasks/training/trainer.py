@@ -18,7 +18,7 @@ from tasks.core.config import TrainConfig
 from tasks.core.errors import ConfigError, DataError, ForgetlessError
 from tasks.core.hardware import device_class
 from tasks.core.records import TrainPoint
-from tasks.models.load import dtype_name, load_model, load_tokenizer, pick_dtype
+from tasks.models.load import dtype_name, free_memory, load_model, load_tokenizer, pick_dtype
 from tasks.models.parallel import map_parallel
 from tasks.models.template import Example, encode_conversation
 from tasks.training.packing import Pack, pack_examples, plan_steps
@@ -88,6 +88,7 @@ def train_adapter(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        free_memory()  # packs of ever other lengths fragment the heap: without this it grows by 0.3 GB a step
         step_tokens = sum(pack.tokens for pack in packs)
         tokens, supervised = tokens + step_tokens, supervised + labels
         seconds = time.monotonic() - began
