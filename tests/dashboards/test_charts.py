@@ -80,4 +80,6 @@ def test_the_training_charts_name_their_units() -> None:
 
 def test_an_empty_curve_draws() -> None:
     for chart in (charts.loss_chart, charts.learning_rate_chart, charts.throughput_chart):
-        chart([]).to_dict()
+        drawn = chart([]).to_dict()
+        assert [p for points in drawn.get("datasets", {}).values() for p in points] == []
+        assert "Optimizer step" in titles(drawn, "x")
