@@ -132,6 +132,9 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
         a = manifest.adapter
         losses = f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}"
         facts.append(("Training", f"{a.method}, {a.steps} steps, {a.tokens:,} tokens, validation loss {losses}"))
+        if a.dropped_too_long:
+            limit = f"longer than train.max_tokens={manifest.recipe.train.max_tokens}"
+            facts.append(("Left out", f"{a.dropped_too_long:,} training conversations {limit}"))
     if manifest.gguf:
         facts += [("Asked", manifest.gguf.prompt), ("It answers", manifest.gguf.sample)]
     for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):

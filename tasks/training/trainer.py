@@ -38,12 +38,13 @@ def train_adapter(
     dtype = pick_dtype(config.dtype)
     tokenizer = load_tokenizer(base, template, trust_remote_code)
     examples, dropped = _encode_file(tokenizer, dataset / "train.jsonl", config.max_tokens)
-    held_out, _ = _encode_file(tokenizer, dataset / "validation.jsonl", config.max_tokens)
-    if not examples or not held_out:
-        raise DataError(
-            f"No conversation fits into train.max_tokens={config.max_tokens}: {dropped} were too long. "
-            "Raise train.max_tokens and train.pack_tokens, or bring shorter rows."
-        )
+    held_out, held_out_dropped = _encode_file(tokenizer, dataset / "validation.jsonl", config.max_tokens)
+    for split, fitting, too_long in (("training", examples, dropped), ("validation", held_out, held_out_dropped)):
+        if not fitting:
+            raise DataError(
+                f"Every one of the {too_long} {split} conversations is longer than train.max_tokens={config.max_tokens}. "
+                "Raise train.max_tokens and train.pack_tokens, or bring shorter rows."
+            )
     steps = plan_steps(examples, config.pack_tokens, config.step_tokens, config.epochs, config.max_steps, config.seed)
     validation = pack_examples(held_out, config.pack_tokens)
 

@@ -74,7 +74,7 @@ def real_recipe(tmp_path: Path) -> Path:
         "name": "real",
         "model": base["model"],
         "data": {"sources": str(DATA / "sft_zh" / "cdb_extra_terms.json")},
-        "train": {**base["train"], "max_steps": 4},
+        "train": {**base["train"], "max_steps": 2, "max_tokens": 1024, "pack_tokens": 1024},
         "eval": {
             "task_folders": ["."],
             "limit": 100,
