@@ -42,7 +42,7 @@ def train_adapter(
     for split, fitting, too_long in (("training", examples, dropped), ("validation", held_out, held_out_dropped)):
         if not fitting:
             raise DataError(
-                f"Every one of the {too_long} {split} conversations is longer than train.max_tokens={config.max_tokens}. "
+                f"Each of the {too_long} {split} conversations is longer than train.max_tokens={config.max_tokens}. "
                 "Raise train.max_tokens and train.pack_tokens, or bring shorter rows."
             )
     steps = plan_steps(examples, config.pack_tokens, config.step_tokens, config.epochs, config.max_steps, config.seed)

@@ -84,7 +84,7 @@ def test_modules_that_match_nothing_are_named(tiny_folder: Path, dataset: Path, 
 
 
 def test_rows_that_are_all_too_long_are_said(tiny_folder: Path, dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Every one of the 30 training conversations is longer than train.max_tokens=16"):
+    with pytest.raises(DataError, match="Each of the 30 training conversations is longer than train.max_tokens"):
         train(tiny_folder, dataset, tmp_path / "a", config(max_tokens=16))
 
 
