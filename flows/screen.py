@@ -133,8 +133,9 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
         losses = f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}"
         facts.append(("Training", f"{a.method}, {a.steps} steps, {a.tokens:,} tokens, validation loss {losses}"))
         if a.dropped_too_long:
-            limit = f"longer than train.max_tokens={manifest.recipe.train.max_tokens}"
-            facts.append(("Left out", f"{a.dropped_too_long:,} training conversations {limit}"))
+            what = "conversation" if a.dropped_too_long == 1 else "conversations"
+            limit = manifest.recipe.train.max_tokens
+            facts.append(("Left out", f"{a.dropped_too_long:,} {what} longer than train.max_tokens={limit}"))
     if manifest.gguf:
         facts += [("Asked", manifest.gguf.prompt), ("It answers", manifest.gguf.sample)]
     for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):

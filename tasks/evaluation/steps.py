@@ -11,7 +11,7 @@ from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
 from tasks.core.records import AdapterRef, BaseRef, ForgettingReport, ItemScore, ScoreSheet
 from tasks.core.settings import read_settings
-from tasks.core.stages import comparison_stage, precision, scores_stage
+from tasks.core.stages import Stage, comparison_stage, precision, scores_stage
 from tasks.core.store import Store, open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
@@ -25,10 +25,8 @@ def score_model(
     """Return the scores of the base, or of base and adapter as they will be shipped; items are in the store.
 
     `moment` (before, after) only names the progress shown."""
-    from tasks.evaluation.suite import suite_digest
-
     store = open_store(read_settings(store_url))
-    stage = scores_stage(evaluation, suite_digest(evaluation), base, adapter, model.trust_remote_code)
+    stage = score_model_stage(model, evaluation, base, adapter)
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.evaluation.harness import score_model as score
@@ -59,6 +57,13 @@ def score_model(
         return {"tasks": [t.model_dump() for t in tasks], "settings": settings, "seconds": time.monotonic() - started}
 
     return stored(store, stage, ScoreSheet, make)
+
+
+def score_model_stage(model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: AdapterRef | None) -> Stage:
+    """Return what the scores of a model depend on."""
+    from tasks.evaluation.suite import suite_digest
+
+    return scores_stage(evaluation, suite_digest(evaluation), base, adapter, model.trust_remote_code)
 
 
 @task(name="compare-scores", **STAGE_OPTIONS)

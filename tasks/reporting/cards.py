@@ -50,7 +50,7 @@ def write_card(manifest: RunManifest) -> str:
             )
         )
         if a.dropped_too_long:
-            facts.append(("Left out", f"{a.dropped_too_long:,} conversations longer than {t.max_tokens} tokens"))
+            facts.append(("Left out", f"conversations longer than {t.max_tokens} tokens: {a.dropped_too_long:,}"))
         facts.append(
             ("Validation loss", f"{a.first_validation_loss:.3f} → {a.last_validation_loss:.3f} nats per token")
         )
