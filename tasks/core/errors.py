@@ -30,7 +30,9 @@ class ModelError(ForgetlessError):
 
 
 class StoreError(ForgetlessError):
-    """The artifact store cannot be read or written."""
+    """The artifact store cannot be read or written: the place named for it is wrong, full or closed."""
+
+    exit_code = 2
 
 
 class ComparisonError(ForgetlessError):

@@ -1,6 +1,11 @@
 """A user's mistake gets one clear sentence and exit 2 or 3, before anything starts and with nothing half-written."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -58,6 +63,40 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert not list(store.glob("artifacts/*/*")), "nothing half-written"
 
 
+def test_a_gated_base_says_how_to_get_it(tmp_path: Path) -> None:
+    class GatedHub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            files = {"/api/models/me/gated/revision/main": {"id": "me/gated", "sha": "c0ffee" + "0" * 34}}
+            tree = [{"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}]
+            answer = files.get(self.path, tree if "/tree/" in self.path else None)
+            self.send_response(403 if answer is None else 200)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode() if answer else b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), GatedHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", "quickstart", "--set", "model.base=me/gated"],
+        env={**environment, "HF_HOME": str(tmp_path), "FORGETLESS_STORE": str(tmp_path / "store")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    server.shutdown()
+    assert done.stderr == (
+        "forgetless: The base model me/gated is gated: accept its licence on its Hub page, then log in with: "
+        "hf auth login\n"
+    )
+    assert done.returncode == 2
+
+
 def test_all_config_errors_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "quickstart", "--set", "train.rnk=8", "--set", "train.epochs=-1", "--json"]) == 2
     captured = capsys.readouterr()
@@ -67,7 +106,7 @@ def test_all_config_errors_come_at_once(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_unwritable_store_is_said_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["run", "quickstart", "--store", str(tmp_path / "file" / "store")]) == 1
+    assert main(["run", "quickstart", "--store", str(tmp_path / "file" / "store")]) == 2
     assert "Could not write work/probe" in capsys.readouterr().err
 
 
