@@ -1,6 +1,7 @@
 """The command line: a thin face over the flows. Heavy imports happen inside the command that needs them."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from tasks.core.errors import ForgetlessError
 
 GATE_CODES = {"promote": 0, "reject": 4, "inconclusive": 5}
+INTERRUPTED = "Interrupted. What finished is kept: the same command goes on from there."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail(arguments, "Interrupted. What finished is kept: the same command goes on from there.", 130)
+        return _fail(arguments, arguments.interrupted, 130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -54,9 +56,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
+    debug = _Parser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = _Parser(add_help=False, parents=[debug])
     common.add_argument("--store", metavar="URL", help="folder or s3://bucket/prefix (default: .forgetless)")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     output = _Parser(add_help=False)
     output.add_argument("--json", action="store_true", help="print the result as JSON")
     recipe = _Parser(add_help=False)
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, work: Callable[[argparse.Namespace], int], text: str, *parents: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[*parents, common])
-        command.set_defaults(command=work)
+        command.set_defaults(command=work, interrupted=INTERRUPTED)
         return command
 
     run = add("run", _run, "Run a recipe: from data to a chat model with a verdict.", recipe, output)
@@ -94,7 +97,51 @@ def _parser() -> argparse.ArgumentParser:
     dashboard = add("dashboard", _dashboard, "Open the dashboard on the store.")
     dashboard.add_argument("--port", type=int, default=8501)
     add("doctor", _doctor, "Check this machine, and say what each missing piece costs.", output)
+    text = "Check, show or convert training data, without a run."
+    data = commands.add_parser("data", help=text, description=text)
+    _add_data_commands(data.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), output, debug)
     return parser
+
+
+def _add_data_commands(commands: Any, *parents: argparse.ArgumentParser) -> None:
+    reading = _Parser(add_help=False)
+    reading.add_argument("--format", metavar="NAME", help="the rows' format, where it is not to be detected")
+    reading.add_argument("--entry", metavar="NAME", help="entry of the dataset_info.json that URI names")
+    reading.add_argument("--split", metavar="NAME", help="split of a Hub data set, or of a file that holds several")
+    reading.add_argument("--max-rows", metavar="N", type=int, help="read at most this many rows")
+    text = "override a key, such as data.clean.simplified=true"
+    reading.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides", help=text)
+    seen = _Parser(add_help=False)
+    seen.add_argument("--recipe", metavar="RECIPE", help="take its data (in place of URI), cleaning, items and base")
+    seen.add_argument("--model", metavar="BASE", help="base whose tokenizer sees the rows: folder, GGUF file or Hub id")
+
+    def add(name: str, work: Callable[[argparse.Namespace], int], text: str, *more: Any) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, parents=[reading, *more, *parents]
+        )
+        needed = {} if seen not in more else {"nargs": "?"}
+        uri = "file, folder, glob, s3:// or https:// address, Hub data set, or dataset_info.json with --entry"
+        command.add_argument("uri", metavar="URI", help=uri, **needed)  # type: ignore[arg-type]
+        command.set_defaults(command=work, interrupted="Interrupted.", recipe=None, model=None)
+        return command
+
+    check = add("check", _data_check, "Say what a run would find in its data: exit 0 if it passes, 3 if not.", seen)
+    check.add_argument("--out", metavar="FOLDER", help="keep the rows, the quarantine and the reports in a new folder")
+    show = add("show", _data_show, "Show rows as they are learned, or those that are quarantined.", seen)
+    show.add_argument("--rows", metavar="N", type=_count, default=10, help="how many (default: 10)")
+    show.add_argument("--quarantined", action="store_true", help="show quarantined rows, with their reasons")
+    show.add_argument("--html", metavar="FILE", help="write the rows as the model sees them as a page")
+    convert = add("convert", _data_convert, "Write rows of any format as JSON Lines of one.")
+    convert.add_argument("--to", required=True, choices=["messages", "alpaca", "sharegpt"], help="their format")
+    convert.add_argument("--out", metavar="FILE", help="write to this file, not to the standard output")
+    convert.add_argument("--clean", action="store_true", help="clean the rows too, by data.clean")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return number
 
 
 def _print_json(value: Any) -> None:
@@ -273,6 +320,91 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         show_findings(findings)
     return 1 if any(f.state == "missing" and f.required for f in findings) else 0
+
+
+def _data_request(arguments: argparse.Namespace) -> Any:
+    from flows.data import read_request
+
+    options = {name: getattr(arguments, name) for name in ("format", "entry", "split", "max_rows")}
+    given = {name: value for name, value in options.items() if value is not None}
+    return read_request(arguments.uri, given, arguments.recipe, arguments.model, arguments.overrides)
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    import tempfile
+    from pathlib import Path
+
+    from flows.data import check_data, new_folder
+    from flows.screen import show_check, show_progress
+
+    sections = _data_request(arguments)
+    out = Path(arguments.out) if arguments.out else None
+    place: Any = new_folder(out, "--out") if out else tempfile.TemporaryDirectory(prefix="forgetless-")
+    with place as folder:
+        with show_progress() as say:
+            check = {**check_data(sections, Path(folder), say), "out": arguments.out}
+        if out:
+            (out / "check.json").write_text(json.dumps(check, ensure_ascii=False, indent=1), encoding="utf-8")
+    if arguments.json:
+        _print_json(check)
+    else:
+        show_check(check)
+    return 0 if check["passed"] else 3
+
+
+def _data_show(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from flows import data, screen
+    from tasks.core.errors import ConfigError
+
+    sections = _data_request(arguments)
+    if arguments.html and (arguments.quarantined or sections.model is None):
+        raise ConfigError("--html shows rows as a model sees them: name the model (--model BASE or --recipe RECIPE).")
+    with screen.show_progress() as say:
+        if arguments.quarantined:
+            rows, show = data.read_quarantined(sections, arguments.rows, say), screen.show_quarantined
+        else:
+            rows, show = data.read_first(sections.data, arguments.rows), screen.show_conversations
+        if sections.model and not arguments.quarantined:
+            encoder, max_tokens = data.open_encoder(sections.model, say), sections.train.max_tokens
+            if arguments.html:
+                from tasks.data.tokens import show_sample
+
+                with data.new_file(Path(arguments.html), "--html") as file:
+                    file.write(show_sample(encoder, rows, max_tokens).encode())
+            rows, show = data.see_as_model(encoder, rows, max_tokens), screen.show_sequences
+    if arguments.json:
+        _print_json(rows)
+    elif arguments.html:
+        print(f"Wrote {len(rows)} rows to {arguments.html}.")
+    else:
+        show(rows)
+    return 0
+
+
+def _data_convert(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from flows.data import convert_rows, new_file
+    from tasks.core.errors import ConfigError
+
+    if arguments.json and not arguments.out:
+        raise ConfigError("--json prints the counts where the rows would go: name a file for the rows, --out FILE.")
+    sections = _data_request(arguments)
+    with contextlib.ExitStack() as opened:
+        out = Path(arguments.out) if arguments.out else None
+        file = opened.enter_context(new_file(out, "--out")) if out else sys.stdout.buffer
+        written, refused = convert_rows(sections.data, arguments.to, arguments.clean, file.write)
+        file.flush()
+    if arguments.json:
+        _print_json({"out": arguments.out, "written": written, "refused": refused})
+        return 0
+    print(f"forgetless: {written:,} rows written{f' to {arguments.out}' if arguments.out else ''}.", file=sys.stderr)
+    for r in refused:
+        left = f"{r['rows']:,} left out: {r['reason']}, first {r['first']}: {r['detail']}"
+        print(f"forgetless: {left}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 from prefect import flow, runtime
 from pydantic import Field
 
+from flows.prepare_data import prepare_data, tokenise_data
 from flows.score_model import score_model
 from flows.train_adapter import train_adapter
 from tasks.core.config import Recipe, load_recipe
@@ -25,8 +26,8 @@ from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRecord, Record
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
-from tasks.data.steps import fetch_dataset, require_valid, validate_dataset
-from tasks.evaluation.steps import compare_scores
+from tasks.data.steps import require_valid, validate_dataset
+from tasks.evaluation.steps import compare_scores, list_evaluation_items
 from tasks.export.steps import convert_to_gguf, merge_adapter, register_in_ollama
 from tasks.models.steps import prepare_base
 from tasks.reporting.steps import publish_run
@@ -59,15 +60,18 @@ def finetune(
     run = Run(place, config, run_id or new_run_id(config.name))
     url = settings.store_url
     with run.recorded() as manifest:
-        manifest.dataset = dataset = run.stage("dataset", lambda: fetch_dataset(config.data, url))
+        items = list_evaluation_items(config.eval, url)
+        manifest.dataset = dataset = run.stage("dataset", lambda: prepare_data(config.data, items, url))
         manifest.data_report = report = run.stage("validate", lambda: validate_dataset(config.data, dataset, url))
         require_valid(report)
         manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
+        manifest.tokens = tokens = run.stage("tokens", lambda: tokenise_data(config, base, dataset, items, url))
+        require_valid(tokens)
         manifest.before = before = run.stage(
             "before", lambda: score_model(config.model, config.eval, base, None, url, "before")
         )
         manifest.adapter = adapter = run.stage(
-            "train", lambda: train_adapter(config.model, config.train, base, dataset, url)
+            "train", lambda: train_adapter(config.model, config.train, base, tokens, url)
         )
         manifest.after = after = run.stage(
             "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")

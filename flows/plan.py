@@ -15,7 +15,9 @@ from tasks.core.records import (
     ForgettingReport,
     GgufRef,
     ModelRef,
+    ReplayRef,
     ScoreSheet,
+    TokensRef,
 )
 from tasks.core.stages import (
     Stage,
@@ -24,12 +26,15 @@ from tasks.core.stages import (
     comparison_stage,
     dataset_stage,
     gguf_stage,
+    items_stage,
     merged_stage,
+    replay_stage,
     scores_stage,
+    tokens_stage,
     validation_stage,
 )
 from tasks.core.store import Store, find_artifact
-from tasks.data.split import source_digests
+from tasks.data.sources import prompts_digest, source_digests
 from tasks.evaluation.suite import suite_digest
 from tasks.models.base import locate_base
 
@@ -70,11 +75,13 @@ def plan_run(recipe: Recipe, store: Store) -> dict[str, Any]:
     source = locate_base(recipe.model)
     suite = suite_digest(recipe.eval)
     trust = recipe.model.trust_remote_code
-    dataset = look("dataset", dataset_stage(recipe.data, source_digests(recipe.data)), DatasetRef)
+    items = items_stage(suite).key
+    dataset = look("dataset", dataset_stage(recipe.data, source_digests(recipe.data), items), DatasetRef)
     look("validate", validation_stage(recipe.data, dataset) if dataset else None, DataReport)
     base = look("base", base_stage(recipe.model, source.content), BaseRef)
+    tokens = look("tokens", _tokens_stage(recipe, store, dataset, base, items) if dataset and base else None, TokensRef)
     before = look("before", scores_stage(recipe.eval, suite, base, None, trust) if base else None, ScoreSheet)
-    adapter = look("train", adapter_stage(recipe.train, base, dataset) if base and dataset else None, AdapterRef)
+    adapter = look("train", adapter_stage(recipe.train, base, tokens) if base and tokens else None, AdapterRef)
     after = look(
         "after", scores_stage(recipe.eval, suite, base, adapter, trust) if base and adapter else None, ScoreSheet
     )
@@ -89,6 +96,17 @@ def plan_run(recipe: Recipe, store: Store) -> dict[str, Any]:
         "stages": [asdict(s) for s in stages],
         "detectable": [asdict(d) for d in _detectable(recipe.eval)],
     }
+
+
+def _tokens_stage(recipe: Recipe, store: Store, dataset: DatasetRef, base: BaseRef, items: str) -> Stage | None:
+    """Return what the tokenised rows depend on, None where the base's own answers among them are not made yet."""
+    replay, answered = recipe.data.replay, None
+    if replay and replay.prompts:
+        stage = replay_stage(replay, prompts_digest(replay), base, dataset, items)
+        answered = find_artifact(store, stage, ReplayRef)
+        if answered is None:
+            return None
+    return tokens_stage(dataset, answered, base, recipe.train.max_tokens, recipe.data.min_rows)
 
 
 def _detectable(config: EvalConfig) -> list[Detectable]:

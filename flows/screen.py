@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
 
 TITLES = {
     "start": "Start Prefect",
-    "base": "Base model",
     "dataset": "Fetch data",
     "validate": "Validate data",
+    "base": "Base model",
+    "tokens": "Tokenise",
     "before": "Score the base",
     "train": "Train the adapter",
     "after": "Score again",
@@ -37,6 +39,12 @@ TITLES = {
 }
 MARKS = {"computed": "[green]✔[/]", "reused": "[cyan]↻[/]", "skipped": "[dim]–[/]", "failed": "[red]✘[/]"}
 VERDICTS = {"promote": ("✔", "bold green"), "reject": ("✘", "bold red"), "inconclusive": ("?", "bold yellow")}
+SEVERITIES = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
+ROLE_STYLES = {"system": "magenta", "user": "bold cyan", "assistant": "bold green"}
+LEARNED_STYLE = "bold black on green"
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    code: 0xFFFD for code in range(0x7F, 0xA0)
+}
 STATUS_STYLE = {"gained": "green", "kept": "green", "lost": "red", "forgot": "red"}
 
 
@@ -110,7 +118,7 @@ def show_summary(manifest: RunManifest, store: Store) -> None:
     if manifest.status == "failed":
         console.print(Text.assemble(("✘", "red"), f" Run {manifest.run_id} failed: {manifest.error}"))
     elif manifest.status == "running":
-        stage = next((s for s in STAGES if manifest.stages[s].status == "running"), None)
+        stage = next((s for s in STAGES if s in manifest.stages and manifest.stages[s].status == "running"), None)
         console.print(f"Run {manifest.run_id} is running: {TITLES.get(stage or '', 'starting')}.")
     if manifest.report:
         console.print(delta_table(manifest.report.capabilities))
@@ -231,6 +239,109 @@ def show_findings(findings: "list[Finding]") -> None:
     for f in findings:
         table.add_row(marks[f.state], f.name, Text(f.found), Text(f.cost, "dim"))
     console.print(table)
+
+
+@contextlib.contextmanager
+def show_progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows what is being done, in a line of a terminal that goes away; elsewhere nothing."""
+    with Console(file=sys.stderr, highlight=False).status("Starting") as status:
+
+        def say(text: str) -> None:
+            status.update(Text(text))
+
+        with watch_progress(lambda stage, done, total, note: say(note) if note else None):  # downloads
+            yield say
+
+
+def show_check(check: dict[str, Any]) -> None:
+    """Print what `data check` found: files, counts, reasons, failed checks, and the verdict last."""
+    console = _console()
+    table = Table.grid(padding=(0, 2))
+    for file in check["files"]:
+        left = f"{file['quarantined']:,} quarantined" if file["quarantined"] else ""
+        table.add_row(Text(file["file"], "bold"), file["format"], f"{file['read']:,} rows", left)
+    console.print(table)
+    rows, kept = check["rows"], sum(check["rows"].values())
+    replay = f", {sum(check['replay'].values()):,} of them replay" if check["replay"] else ""
+    unused = f", {check['unused']:,} replay rows not needed" if check["unused"] else ""
+    splits = f"{rows['train']:,} to train on, {rows['validation']:,} for validation{replay}"
+    console.print(f"\n[bold]{check['read']:,} read, {kept:,} kept[/] ({splits}){unused}")
+    facts = Table.grid(padding=(0, 2))
+    for r in check["quarantined"]:
+        first = Text(f"first {r['first']}: {visible(r['detail'])}", "dim")
+        facts.add_row(f"{r['rows']:>6,}", Text(r["reason"], "yellow"), r["meaning"] or first)
+        if r["meaning"]:
+            facts.add_row("", "", first)
+    if check["quarantined"]:
+        console.print("\n[bold]Quarantined[/]", facts, sep="\n")
+    if check["repaired"]:
+        mended = [f"{name.replace('_', ' ')} {number:,}" for name, number in check["repaired"].items()]
+        console.print(f"\n[bold]Mended[/]  {', '.join(mended)}")
+    if tokens := check["tokens"]:
+        total, learned = (sum(tokens[key].values()) for key in ("tokens", "supervised_tokens"))
+        long = f"; rows that are too long: {number:,}" if (number := sum(tokens["too_long"].values())) else ""
+        console.print(f"\n[bold]Tokens[/]  {total:,}, of which {learned:,} are learned{long}")
+    failed = [c for c in [*check["checks"], *(tokens["checks"] if tokens else [])] if not c["passed"]]
+    console.print()
+    for note in check["notes"]:
+        console.print(Text(note, "dim"), soft_wrap=True)
+    for c in sorted(failed, key=lambda c: list(SEVERITIES).index(c["severity"])):
+        mark = f"{c['severity']:<8}", SEVERITIES[c["severity"]]
+        console.print(Text.assemble(mark, f"  {c['expectation']}: ", (visible(c["observed"]), "bold")), soft_wrap=True)
+    if check["out"]:
+        console.print(Text(f"The rows, the quarantine and the reports are in {check['out']}."), soft_wrap=True)
+    warnings = check["failed"].get("warning", 0)
+    if not check["passed"]:
+        console.print("[bold red]✘ Rejected:[/] a run would stop here, before it loads a model.")
+    else:
+        note = f", with {warnings} warning{'s' if warnings > 1 else ''}" if warnings else ""
+        console.print(f"[bold green]✔ Passed[/]{note}: a run can train on {kept:,} rows.")
+
+
+def show_conversations(rows: list[dict[str, Any]]) -> None:
+    """Print rows turn by turn."""
+    console = _console()
+    for row in rows:
+        mended = f"  mended: {', '.join(row['repaired'])}" if row.get("repaired") else ""
+        console.print(Text.assemble((f"{row['source']}:{row['line']}", "bold"), (mended, "dim")), soft_wrap=True)
+        for message in row["messages"]:
+            role = (f"{message['role']}: ", ROLE_STYLES.get(message["role"], "bold"))
+            console.print(Text.assemble(role, visible(message["content"])), soft_wrap=True)
+        console.print()
+
+
+def show_quarantined(rows: list[dict[str, Any]]) -> None:
+    """Print quarantined rows: where, why, and how each begins."""
+    console = _console()
+    for row in rows:
+        place = (f"{row['source']}:{row['line']}", "bold"), "  ", (row["reason"], "yellow")
+        console.print(Text.assemble(*place), soft_wrap=True)
+        console.print(Text(visible(row["detail"])), Text(visible(row["raw"]), "dim"), sep="\n", soft_wrap=True)
+        console.print()
+    if not rows:
+        console.print("No row is quarantined.")
+
+
+def show_sequences(rows: list[dict[str, Any]]) -> None:
+    """Print rows as the model sees them, what is learned on green; without colours, between ⟦ and ⟧."""
+    console = _console()
+    plain = not console.is_terminal or console.no_color
+    for row in rows:
+        counts = f"  {row['tokens']:,} tokens, {row['learned']:,} learned"
+        counts += "; longer than train.max_tokens, so left out" if row["too_long"] else ""
+        console.print(Text.assemble((f"{row['source']}:{row['line']}", "bold"), (counts, "dim")), soft_wrap=True)
+        text = Text()
+        for piece, learned in row["pieces"]:
+            marked = f"⟦{visible(piece)}⟧" if learned and plain else visible(piece)
+            text.append(marked, LEARNED_STYLE if learned else "")
+        console.print(text, soft_wrap=True)
+        console.print()
+    console.print(Text.assemble("What is ", ("⟦marked⟧" if plain else "marked", LEARNED_STYLE), " is learned."))
+
+
+def visible(text: str) -> str:
+    """Return the text with control characters as symbols: a row must not steer the terminal."""
+    return text.translate(CONTROLS)
 
 
 def _console() -> Console:

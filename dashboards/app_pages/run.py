@@ -129,6 +129,9 @@ with data:
     else:
         st.subheader("Checks passed" if manifest.data_report.passed else "Checks failed", anchor=False)
         st.dataframe(results.check_table(manifest.data_report), hide_index=True, alt="Data checks with their severity")
+    if manifest.tokens is not None:
+        st.subheader("Tokens as they are learned", anchor=False)
+        st.dataframe(results.check_table(manifest.tokens), hide_index=True, alt="Checks of the tokenised rows")
 
 with export:
     if manifest.gguf is None:

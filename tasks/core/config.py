@@ -7,7 +7,7 @@ import difflib
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -44,18 +44,30 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
 
 
-Format = Literal["auto", "alpaca", "sharegpt", "messages"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "pairs", "lccc", "seed_tasks", "text"]
+Column = Literal["prompt", "query", "response", "system", "history", "messages", "tools", "text"]
+Tag = Literal["role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
 
 
 class SourceConfig(Section):
-    """One file, folder or Hub data set of training rows."""
+    """One file, folder, glob, URL or Hub data set of training rows."""
 
-    path: str = Field(min_length=1, description="Local JSON, JSONL, CSV, TSV or Parquet file, or a Hub data set id.")
+    path: str = Field(
+        min_length=1,
+        description="File, folder or glob (JSON, JSONL, CSV, TSV, Parquet, Excel, text; gzip or zstd), "
+        "s3://bucket/key, https://host/file, or a Hub data set id.",
+    )
     format: Format = "auto"
+    entry: str | None = Field(None, description="Entry of a LLaMA-Factory dataset_info.json that path names.")
+    columns: dict[Column, str] = Field({}, description="What the columns are called, where they have other names.")
+    tags: dict[Tag, str] = Field({}, description="What keys and roles of turns are called, as in dataset_info.json.")
+    preference: Literal["refuse", "chosen"] = Field("refuse", description="chosen: train on a pair's chosen answer.")
+    max_turns: int | None = Field(None, ge=2, description="Keep a conversation's first turns, ending with an answer.")
     subset: str | None = Field(None, description="Configuration name of a Hub data set.")
-    split: str = Field("train", description="Split of a Hub data set.")
+    split: str = Field("train", description="Split of a Hub data set, or of a file that holds several.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
     max_rows: int | None = Field(None, ge=1, description="Read at most this many rows.")
+    weight: float = Field(1.0, gt=0, le=100, description="How often a row is seen per epoch: 2 twice, 0.5 every other.")
 
 
 def _as_sources(value: Any) -> Any:
@@ -63,10 +75,59 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
+YAML_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads off as false
+
+
+class CleanConfig(Section):
+    """What is mended in a row, and what a row is quarantined for. Every change is counted."""
+
+    html: bool = Field(True, description="Strip tags and entities of web pages; code and its tags stay.")
+    mojibake: bool = Field(True, description="Mend text decoded wrongly; drop control characters.")
+    unicode: Annotated[Literal["off", "nfc", "nfkc"], YAML_OFF] = Field("nfc", description="Unicode normal form.")
+    width: bool = Field(True, description="Full-width letters and digits become ASCII; punctuation stays.")
+    simplified: bool = Field(False, description="Traditional Chinese becomes simplified.")
+    personal_data: Literal["keep", "mask", "quarantine"] = Field("mask", description="Phone, e-mail, ID, card numbers.")
+    languages: list[str] = Field([], description="Expected languages of answers, such as [zh, en]; empty accepts all.")
+    min_answer_chars: int = Field(1, ge=1)
+    copies: bool = Field(True, description="Quarantine answers that only repeat the prompt.")
+    repetition: float = Field(0.7, gt=0, le=1, description="Quarantine answers of which more than this share repeats.")
+    refusals: bool = Field(True, description="Quarantine answers that only refuse.")
+    identities: bool = Field(True, description="Quarantine answers that say they are another maker's assistant.")
+    duplicates: bool = Field(True, description="Quarantine the second of two equal conversations.")
+    near_duplicates: float | None = Field(
+        0.8, ge=0.5, le=1, description="Quarantine the second of two conversations this similar (Jaccard); null: off."
+    )
+
+
+class ReplayConfig(Section):
+    """Rows of the base model's own tasks, mixed in so that it does not forget them."""
+
+    share: float = Field(ge=0, lt=1, description="Share of all training rows that replay makes up.")
+    sources: Annotated[list[SourceConfig], BeforeValidator(_as_sources)] = []
+    prompts: str | None = Field(
+        None, description="JSONL or text of prompts that the base itself answers (self-replay)."
+    )
+    max_new_tokens: int = Field(128, ge=8, le=4096, description="Longest answer of a self-replay row.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ReplayConfig":
+        if bool(self.sources) == bool(self.prompts):
+            raise ValueError(
+                "replay takes its rows from sources or from the base's answers to prompts: name one of both"
+            )
+        return self
+
+
 class DataConfig(Section):
-    """The training data: where it is, how it is split, and what its validation tolerates."""
+    """The training data: where it is, how it is cleaned and split, and what its validation tolerates."""
 
     sources: Annotated[list[SourceConfig], BeforeValidator(_as_sources)] = Field(min_length=1)
+    fill: dict[str, str] = Field({}, description="Values of placeholders in the rows: name for {{name}}.")
+    clean: CleanConfig = CleanConfig()
+    replay: ReplayConfig | None = None
+    leakage: Annotated[Literal["quarantine", "off"], YAML_OFF] = Field(
+        "quarantine", description="Training rows that hold evaluation items."
+    )
     validation_share: float = Field(0.06, gt=0, lt=0.5, description="Share of rows held out for the validation loss.")
     min_rows: int = Field(32, ge=2, description="Fewer usable rows than this stop the run.")
     max_quarantined_share: float = Field(0.2, ge=0, le=1, description="More unusable rows than this stop the run.")
@@ -221,6 +282,18 @@ class Recipe(Section):
     export: ExportConfig = ExportConfig()
 
 
+class DataSections(Section):
+    """What decides how rows are read, cleaned and seen by a model, for commands that need no whole recipe."""
+
+    data: DataConfig
+    model: ModelConfig | None = None
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig | None = None
+
+
+Sections = TypeVar("Sections", bound=Section)
+
+
 def shipped_recipes() -> list[str]:
     """Return the names of the recipes that come with the project."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -253,13 +326,26 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str
         section = raw.setdefault("data", {})
         if isinstance(section, dict):
             section["sources"] = [_local_or_hub(data, Path.cwd())]
+    return _validated(Recipe, raw, problems, path.name)
+
+
+def load_sections(overrides: list[str]) -> DataSections:
+    """Return the sections that `section.key=value` overrides alone make up; paths are relative to the current folder.
+    Raises ConfigError with every problem found."""
+    raw: dict[str, Any] = {}
+    problems = _apply_overrides(raw, overrides)
+    _make_paths_absolute(raw, Path.cwd())
+    return _validated(DataSections, raw, problems, "command line")
+
+
+def _validated(kind: type[Sections], raw: dict[str, Any], problems: list[str], name: str) -> Sections:
     try:
-        recipe = Recipe.model_validate(raw)
+        sections = kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([*problems, *(_sentence(e, path) for e in error.errors())]) from None
+        raise ConfigError([*problems, *(_sentence(e, name, kind) for e in error.errors())]) from None
     if problems:
         raise ConfigError(problems)
-    return recipe
+    return sections
 
 
 def _apply_overrides(raw: dict[str, Any], overrides: list[str]) -> list[str]:
@@ -289,7 +375,8 @@ def _local_or_hub(path: str, folder: Path) -> str:
     if "://" in path or path.startswith("package:"):
         return path
     absolute = (folder / Path(path).expanduser()).absolute()
-    is_id = re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not re.search(r"\.(jsonl?|csv|tsv|parquet|gguf)$", path)
+    suffix = r"\.(jsonl?|ndjson|csv|tsv|parquet|xlsx|txt|gz|zst|zip|gguf)$"
+    is_id = re.fullmatch(r"[\w-]+(/[\w.-]+)?", path) and not re.search(suffix, path)
     return path if is_id and not absolute.exists() else str(absolute)
 
 
@@ -299,12 +386,15 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
     if isinstance(model, dict) and isinstance(model.get("base"), str):
         model["base"] = _local_or_hub(model["base"], folder)
     data = raw.get("data")
-    if isinstance(data, dict) and data.get("sources"):
-        sources = _as_sources(data["sources"])
-        for source in sources:
-            if isinstance(source, dict) and isinstance(source.get("path"), str):
-                source["path"] = _local_or_hub(source["path"], folder)
-        data["sources"] = sources
+    replay = data.get("replay") if isinstance(data, dict) else None
+    for section in (data, replay):
+        if isinstance(section, dict) and section.get("sources"):
+            section["sources"] = sources = _as_sources(section["sources"])
+            for source in sources:
+                if isinstance(source, dict) and isinstance(source.get("path"), str):
+                    source["path"] = _local_or_hub(source["path"], folder)
+    if isinstance(replay, dict) and isinstance(replay.get("prompts"), str):
+        replay["prompts"] = str((folder / replay["prompts"]).absolute())
     evaluation = raw.get("eval")
     if isinstance(evaluation, dict):
         if isinstance(evaluation.get("task_folders"), list):
@@ -320,25 +410,24 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
                         task[key] = str((folder / task[key]).absolute())
 
 
-def _sentence(error: Any, path: Path) -> str:
+def _sentence(error: Any, name: str, kind: type[BaseModel]) -> str:
     """Return one sentence for a pydantic error: where, what was expected, what was found, the nearest valid key."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         *parents, key = error["loc"]
-        valid = _valid_keys(parents)
+        valid = _valid_keys(parents, kind)
         near = difflib.get_close_matches(str(key), valid, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}."
-        return f"{path.name}: {where}: unknown key; {hint}"
+        return f"{name}: {where}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"{path.name}: {where}: required, but missing."
+        return f"{name}: {where}: required, but missing."
     message = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict | BaseModel) else f", found {error['input']!r}"
-    return f"{path.name}: {where or 'recipe'}: {message[0].lower()}{message[1:]}{found}."
+    return f"{name}: {where or 'recipe'}: {message[0].lower()}{message[1:]}{found}."
 
 
-def _valid_keys(parents: list[Any]) -> list[str]:
-    """Return the field names of the section at `parents` (names and list indices), by following annotations."""
-    model: type[BaseModel] = Recipe
+def _valid_keys(parents: list[Any], model: type[BaseModel]) -> list[str]:
+    """Return the field names of the section of `model` at `parents` (names and list indices), by annotations."""
     for part in parents:
         if isinstance(part, int):
             continue

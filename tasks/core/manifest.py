@@ -21,12 +21,16 @@ from tasks.core.records import (
     ModelRef,
     OllamaRef,
     ScoreSheet,
+    TokensRef,
 )
 from tasks.core.store import Store
 
 VERSION = 1
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
-STAGES = ("dataset", "validate", "base", "before", "train", "after", "compare", "merge", "gguf", "ollama", "publish")
+STAGES = (
+    *("dataset", "validate", "base", "tokens", "before", "train", "after"),
+    *("compare", "merge", "gguf", "ollama", "publish"),
+)
 # Each entry turns a manifest of version N (a plain dict) into one of version N + 1.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
@@ -55,6 +59,7 @@ class RunManifest(BaseModel):
     base: BaseRef | None = None
     dataset: DatasetRef | None = None
     data_report: DataReport | None = None
+    tokens: TokensRef | None = None
     before: ScoreSheet | None = None
     adapter: AdapterRef | None = None
     after: ScoreSheet | None = None

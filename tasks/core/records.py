@@ -42,7 +42,11 @@ class DatasetRef(ArtifactRecord):
     """Rows by split: train, validation."""
     read: int
     quarantined: dict[str, int]
-    """Quarantined rows by reason; read = kept + quarantined, always."""
+    """Quarantined rows by reason; read = kept + quarantined + unused, always."""
+    unused: int = 0
+    """Replay rows beyond the share that was asked for."""
+    replay: dict[str, int] = {}
+    """Training rows that replay other tasks, by source; they are among `rows`."""
     repaired: dict[str, int] = {}
     """Kept rows by what was mended in them, such as a trailing user turn that was cut."""
     sources: list[str]
@@ -59,6 +63,33 @@ class Check(Record):
 class DataReport(ArtifactRecord):
     passed: bool
     checks: list[Check]
+
+
+class ItemsRef(ArtifactRecord):
+    """The texts of a suite's evaluation items."""
+
+    items: int
+
+
+class ReplayRef(ArtifactRecord):
+    """Rows that the base itself answered (rows.jsonl), to be learned beside the new ones."""
+
+    rows: int
+    prompts: int
+
+
+class TokensRef(DataReport):
+    """Both splits as token sequences, with the report on them. Counts are by split."""
+
+    sequences: dict[str, int]
+    tokens: dict[str, int]
+    supervised_tokens: dict[str, int]
+    replayed: int = 0
+    """Training rows the base answered itself."""
+    too_long: dict[str, int]
+    """Rows longer than train.max_tokens: left out."""
+    digest: str
+    """Of the sequences alone: the report beside them has a date."""
 
 
 class TaskScore(Record):

@@ -11,11 +11,12 @@ OLLAMA_VARIABLE = "OLLAMA_HOST"
 @dataclass(frozen=True)
 class Settings:
     """`store_url`: file:///folder or s3://bucket/prefix. `cache`: folder for local copies of remote artifacts.
-    `ollama_url`: base URL of the Ollama server."""
+    `ollama_url`: base URL of the Ollama server. `dask`: address of a Dask scheduler, or `local`."""
 
     store_url: str
     cache: Path
     ollama_url: str
+    dask: str | None = None
 
 
 def read_settings(store: str | None = None) -> Settings:
@@ -25,7 +26,8 @@ def read_settings(store: str | None = None) -> Settings:
         url = Path(url).expanduser().absolute().as_uri()
     cache = Path(os.environ.get("FORGETLESS_CACHE") or Path.home() / ".cache" / "forgetless")
     host = os.environ.get(OLLAMA_VARIABLE) or "127.0.0.1:11434"
-    return Settings(store_url=url.rstrip("/"), cache=cache, ollama_url=ollama_url(host))
+    dask = os.environ.get("FORGETLESS_DASK") or None
+    return Settings(store_url=url.rstrip("/"), cache=cache, ollama_url=ollama_url(host), dask=dask)
 
 
 def ollama_url(host: str) -> str:

@@ -6,10 +6,10 @@ when the stage's code would give other bytes for the same inputs."""
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core.config import DataConfig, EvalConfig, ExportConfig, ModelConfig, TrainConfig
+from tasks.core.config import DataConfig, EvalConfig, ExportConfig, ModelConfig, ReplayConfig, TrainConfig
 from tasks.core.digest import stage_key
 from tasks.core.hardware import device_class, resolve_dtype
-from tasks.core.records import AdapterRef, BaseRef, DatasetRef, ModelRef, ScoreSheet
+from tasks.core.records import AdapterRef, BaseRef, DatasetRef, ModelRef, ReplayRef, ScoreSheet, TokensRef
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,37 @@ def base_stage(config: ModelConfig, content: str) -> Stage:
     return Stage("base", 1, [content], section)
 
 
-def dataset_stage(config: DataConfig, sources: list[str]) -> Stage:
-    """`sources` are the content digests of the source files, so a path is not in the key."""
-    section = config.model_dump(mode="json", include={"validation_share", "max_chars"})
-    options = [s.model_dump(mode="json", include={"format", "subset", "split", "max_rows"}) for s in config.sources]
-    return Stage("dataset", 1, sources, {**section, "sources": options})
+def items_stage(suite: str) -> Stage:
+    return Stage("items", 1, [suite], {})
+
+
+def dataset_stage(config: DataConfig, sources: list[str], suite: str) -> Stage:
+    """`sources` are the content digests of the source files, so a path is not in the key; `suite` identifies the
+    evaluation items that no row may hold."""
+    section = config.model_dump(mode="json", include={"validation_share", "max_chars", "fill", "clean", "leakage"})
+    all_sources = [*config.sources, *(config.replay.sources if config.replay else [])]
+    options = [s.model_dump(mode="json", exclude={"path", "revision"}) for s in all_sources]
+    share = config.replay.share if config.replay and config.replay.sources else None
+    items = [suite] if config.leakage == "quarantine" else []
+    return Stage("dataset", 2, [*sources, *items], {**section, "sources": options, "replay": share})
+
+
+def replay_stage(config: ReplayConfig, prompts: str, base: BaseRef, dataset: DatasetRef, items: str) -> Stage:
+    """`prompts` is the content of the prompts' file; as many rows are wanted as make up the share of all."""
+    wanted = round(config.share / (1 - config.share) * dataset.rows["train"])
+    section = {"wanted": wanted, "max_new_tokens": config.max_new_tokens, "template": base.template, **precision()}
+    return Stage("replay", 1, [prompts, base.artifact.content, items], section)
+
+
+def tokens_stage(dataset: DatasetRef, replay: ReplayRef | None, base: BaseRef, max_tokens: int, min_rows: int) -> Stage:
+    section = {"template": base.template, "max_tokens": max_tokens, "min_rows": min_rows}
+    replayed = [replay.artifact.content] if replay else []
+    return Stage("tokens", 1, [dataset.artifact.content, base.artifact.content, *replayed], section)
 
 
 def validation_stage(config: DataConfig, dataset: DatasetRef) -> Stage:
     section = config.model_dump(mode="json", include={"min_rows", "max_quarantined_share", "max_chars"})
-    return Stage("validation", 1, [dataset.artifact.content], section)
+    return Stage("validation", 2, [dataset.artifact.content], section)
 
 
 def scores_stage(
@@ -61,14 +82,13 @@ def precision() -> dict[str, str]:
     return {"dtype": resolve_dtype("auto"), "device": device_class()}
 
 
-def adapter_stage(config: TrainConfig, base: BaseRef, dataset: DatasetRef) -> Stage:
+def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef) -> Stage:
     section = {
-        **config.model_dump(mode="json"),
+        **config.model_dump(mode="json", exclude={"max_tokens"}),
         "dtype": resolve_dtype(config.dtype),
         "device": device_class(),
-        "template": base.template,
     }
-    return Stage("adapter", 1, [base.artifact.content, dataset.artifact.content], section)
+    return Stage("adapter", 2, [base.artifact.content, tokens.digest], section)
 
 
 def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet) -> Stage:

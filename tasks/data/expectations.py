@@ -14,35 +14,41 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from tasks.core.config import DataConfig
+from tasks.core.processes import map_processes, read_chunks
 from tasks.core.records import Check, DatasetRef
 from tasks.core.settings import quiet_libraries
 from tasks.data.formats import conversation_digest
-from tasks.data.split import SPLITS, prompt_digest
+from tasks.data.prepare import SPLITS
+from tasks.data.shards import question_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+IDEOGRAPHS = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3134F))
+SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
 USUAL_QUARANTINED_SHARE = 0.05
+FROM_TURNS = {
+    "line": np.int64,
+    "digest": np.uint64,
+    "question": np.uint64,
+    "n_turns": np.int32,
+    "first_role_ok": np.bool_,
+    "roles_alternate": np.bool_,
+    "ends_with_assistant": np.bool_,
+    "min_answer_chars": np.int32,
+    "trailing_turn_cut": np.bool_,
+}
 COLUMNS = {
-    "split": "str",
-    "source": "str",
-    "line": "int64",
-    "digest": "str",
-    "n_turns": "int64",
-    "first_role_ok": "bool",
-    "roles_alternate": "bool",
-    "ends_with_assistant": "bool",
-    "min_answer_chars": "int64",
-    "total_chars": "int64",
-    "cjk_share": "float64",
-    "has_replacement_char": "bool",
-    "has_placeholder": "bool",
-    "trailing_turn_cut": "bool",
-    "prompt_in_both_splits": "bool",
-    "prompt_repeated": "bool",
+    **FROM_TURNS,
+    "is_train": np.bool_,
+    "total_chars": np.int32,
+    "cjk_share": np.float32,
+    "has_replacement_char": np.bool_,
+    "has_placeholder": np.bool_,
 }
 
 
@@ -63,12 +69,25 @@ def validate_rows(folder: Path, dataset: DatasetRef, config: DataConfig, out: Pa
     """Return whether no critical expectation failed, and every check. `folder` holds what prepare_dataset wrote.
 
     Writes report.json (the checks and Great Expectations' own results) and data_docs/index.html under `out`."""
-    quiet_libraries()
     rows = read_features(folder)
     frames = {"rows": rows, "dataset": _dataset_features(rows, dataset)}
-    rules = list_rules(dataset, config)
+
+    def place(at: list[int]) -> str:
+        first = rows.iloc[at]
+        return ", ".join(f"{source}:{line}" for source, line in zip(first["source"], first["line"], strict=True))
+
+    return judge(frames, list_rules(dataset, config), place, out, "Training data")
+
+
+def judge(
+    frames: dict[str, "pd.DataFrame"], rules: list["Rule"], place: Callable[[list[int]], str], out: Path, title: str
+) -> tuple[bool, list[Check]]:
+    """Return whether no critical rule failed on its frame, and every rule's check; `place` names rows by number.
+
+    Writes report.json (the checks and Great Expectations' own results) and data_docs/index.html under `out`."""
+    quiet_libraries()
     results = _run_suites(frames, rules, out / "data_docs")
-    checks = [_check(rule, results[rule.description], rows) for rule in rules]
+    checks = [_check(rule, results[rule.description], place) for rule in rules]
     passed = all(check.passed for check in checks if check.severity == "critical")
     report = {
         "passed": passed,
@@ -76,7 +95,7 @@ def validate_rows(folder: Path, dataset: DatasetRef, config: DataConfig, out: Pa
         "great_expectations": [results[rule.description].to_json_dict() for rule in rules],
     }
     (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-    _write_index(out / "data_docs", passed, checks)
+    _write_index(out / "data_docs", title, passed, checks)
     return passed, checks
 
 
@@ -84,43 +103,71 @@ def read_features(folder: Path) -> "pd.DataFrame":
     """Return one record of features per row of train.jsonl and validation.jsonl, without the rows' text."""
     import pandas as pd
 
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    asked: dict[str, Counter[bytes]] = {}
-    questions: list[bytes] = []
-    for split in SPLITS:
-        start = len(questions)
-        with (folder / f"{split}.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                fields = json.loads(line)
-                questions.append(bytes.fromhex(prompt_digest(fields["messages"]))[:16])
-                for name, value in {"split": split, **_features(fields)}.items():
-                    columns[name].append(value)
-        asked[split] = Counter(questions[start:])
-    columns["prompt_in_both_splits"] = [all(question in asked[split] for split in SPLITS) for question in questions]
-    columns["prompt_repeated"] = [sum(asked[split][question] for split in SPLITS) > 1 for question in questions]
-    return pd.DataFrame(columns).astype(COLUMNS)
+    chunks = ((split, chunk) for split in SPLITS for chunk in read_chunks(folder / f"{split}.jsonl"))
+    parts = list(map_processes(read_chunk_features, chunks))
+    columns = {name: np.concatenate([np.empty(0, kind), *(p[name] for p in parts)]) for name, kind in COLUMNS.items()}
+    sources = list(dict.fromkeys(name for part in parts for name in part["sources"]))
+    codes = [np.array([sources.index(name) for name in part["sources"]], np.int32)[part["source"]] for part in parts]
+    source = pd.Categorical.from_codes(np.concatenate([np.empty(0, np.int32), *codes]), sources)
+    # How often each question is asked in the splits, and in each row's own.
+    _, question, times = np.unique(columns["question"], return_inverse=True, return_counts=True)
+    in_train = np.bincount(question, columns["is_train"], len(times))
+    here = np.where(columns["is_train"], in_train[question], (times - in_train)[question])
+    repeated = {"prompt_in_both_splits": here < times[question], "prompt_repeated": here > 1}
+    split = pd.Categorical.from_codes(np.where(columns.pop("is_train"), 0, 1), list(SPLITS))
+    del columns["question"]
+    return pd.DataFrame({"split": split, "source": source, **columns, **repeated})
 
 
-def _features(fields: dict[str, Any]) -> dict[str, Any]:
-    messages = fields["messages"]
-    roles = [message["role"] for message in messages]
-    dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    text = "".join(message["content"] for message in messages)
-    answers = [len(message["content"].strip()) for message in messages if message["role"] == "assistant"]
+def read_chunk_features(job: tuple[str, bytes]) -> dict[str, Any]:
+    """Return the columns of some lines of a split, and the sources that their numbers stand for."""
+    split, lines = job
+    rows = [json.loads(line) for line in lines.splitlines()]
+    sources: dict[str, int] = {}
+    found = [_features(row, sources) for row in rows]
+    texts = ["".join(m["content"] for m in row["messages"]) for row in rows]
+    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+    ends = np.cumsum([0, *map(len, texts)])
+
+    def share_of(marked: Any, among: Any) -> Any:
+        counted = [np.diff(np.concatenate([[0], np.cumsum(which)])[ends]) for which in (marked, among)]
+        return counted[0] / np.maximum(1, counted[1])
+
+    ideograph = np.zeros(len(codes), bool)
+    for low, high in IDEOGRAPHS:
+        ideograph |= (codes >= low) & (codes <= high)
+    features: dict[str, Any] = {
+        name: np.array([f[name] for f in found], kind) for name, kind in COLUMNS.items() if name in FROM_TURNS
+    }
     return {
-        "source": fields["source"],
-        "line": fields["line"],
-        "digest": conversation_digest(messages)[:32],
+        **features,
+        "is_train": np.full(len(rows), split == "train"),
+        "source": np.array([sources[row["source"]] for row in rows], np.int32),
+        "sources": list(sources),
+        "total_chars": np.diff(ends).astype(np.int32),
+        "cjk_share": share_of(ideograph, ~np.isin(codes, SPACES)).astype(np.float32),
+        "has_replacement_char": share_of(codes == 0xFFFD, np.ones(len(codes), bool)) > 0,
+        "has_placeholder": np.array([PLACEHOLDER.search(text) is not None for text in texts], bool),
+    }
+
+
+def _features(row: dict[str, Any], sources: dict[str, int]) -> dict[str, Any]:
+    messages = row["messages"]
+    sources.setdefault(row["source"], len(sources))
+    roles = [message["role"] for message in messages]
+    is_text = roles == ["text"]
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    answers = [len(m["content"].strip()) for m in messages if m["role"] == "assistant" or is_text]
+    return {
+        "line": row["line"],
+        "digest": int(conversation_digest(messages)[:16], 16),
+        "question": question_number(messages),
         "n_turns": len(dialogue),
-        "first_role_ok": dialogue[:1] == ["user"],
-        "roles_alternate": all(role == ("user", "assistant")[i % 2] for i, role in enumerate(dialogue)),
-        "ends_with_assistant": roles[-1:] == ["assistant"],
+        "first_role_ok": is_text or dialogue[:1] == ["user"],
+        "roles_alternate": is_text or all(role == ("user", "assistant")[i % 2] for i, role in enumerate(dialogue)),
+        "ends_with_assistant": is_text or roles[-1:] == ["assistant"],
         "min_answer_chars": min(answers, default=0),
-        "total_chars": len(text),
-        "cjk_share": len(CJK.findall(text)) / max(1, len("".join(text.split()))),
-        "has_replacement_char": "\ufffd" in text,
-        "has_placeholder": PLACEHOLDER.search(text) is not None,
-        "trailing_turn_cut": fields.get("repaired") == "trailing_user_turn",
+        "trailing_turn_cut": "trailing_user_turn" in row.get("repaired", ()),
     }
 
 
@@ -133,7 +180,7 @@ def _dataset_features(rows: "pd.DataFrame", dataset: DatasetRef) -> "pd.DataFram
     return pd.DataFrame(
         {
             "quarantined_share": [quarantined / dataset.read if dataset.read else 1.0],
-            "unaccounted_rows": [dataset.read - len(rows) - quarantined],
+            "unaccounted_rows": [dataset.read - len(rows) - quarantined - dataset.unused],
             # A single source dominates by design: nothing to warn of.
             "largest_source_share": [by_source.max() / len(rows) if len(by_source) > 1 else 0.0],
         }
@@ -144,8 +191,8 @@ def list_rules(dataset: DatasetRef, config: DataConfig) -> list[Rule]:
     """Return what is expected of a data set, the most serious first. Descriptions name the checks, so they differ."""
     quarantined, read = sum(dataset.quarantined.values()), dataset.read
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in Counter(dataset.quarantined).most_common(3))
-    rejected = f"{quarantined:,} of {_rows(read)}{f': {reasons}' if reasons else ''}"
-    sizes = " and ".join(f"{_rows(dataset.rows.get(split, 0))} for {split}" for split in SPLITS)
+    rejected = f"{quarantined:,} of {count_rows(read)}{f': {reasons}' if reasons else ''}"
+    sizes = " and ".join(f"{count_rows(dataset.rows.get(split, 0))} for {split}" for split in SPLITS)
 
     def share(column: str, most: float, severity: Any, description: str, observed: Callable[[Any], str]) -> Rule:
         arguments = {"column": column, "max_value": most}
@@ -164,9 +211,9 @@ def list_rules(dataset: DatasetRef, config: DataConfig) -> list[Rule]:
             "rows",
             "ExpectTableRowCountToBeBetween",
             "critical",
-            f"At least {_rows(config.min_rows)} can be used",
+            f"At least {count_rows(config.min_rows)} can be used",
             {"min_value": config.min_rows},
-            _rows,
+            count_rows,
         ),
         share(
             "quarantined_share",
@@ -181,7 +228,7 @@ def list_rules(dataset: DatasetRef, config: DataConfig) -> list[Rule]:
             "critical",
             "Every row read was either kept or quarantined",
             {"column": "unaccounted_rows", "value_set": [0]},
-            lambda _: f"{_rows(read)} read, {sum(dataset.rows.values()):,} kept, {quarantined:,} quarantined",
+            lambda _: f"{count_rows(read)} read, {sum(dataset.rows.values()):,} kept, {quarantined:,} quarantined",
         ),
         Rule(
             "rows",
@@ -287,33 +334,32 @@ def _run_suites(frames: dict[str, "pd.DataFrame"], rules: list[Rule], site: Path
     return results
 
 
-def _check(rule: Rule, result: Any, rows: "pd.DataFrame") -> Check:
+def _check(rule: Rule, result: Any, place: Callable[[list[int]], str]) -> Check:
     error = (result.exception_info or {}).get("exception_message")
     return Check(
         expectation=rule.description,
         severity=rule.severity,
         passed=bool(result.success),
-        observed=f"could not be checked: {error}" if error else _observed(rule, result.result, rows),
+        observed=f"could not be checked: {error}" if error else _observed(rule, result.result, place),
     )
 
 
-def _observed(rule: Rule, result: dict[str, Any], rows: "pd.DataFrame") -> str:
+def _observed(rule: Rule, result: dict[str, Any], place: Callable[[list[int]], str]) -> str:
     if rule.observed is not None:
         return rule.observed(result.get("observed_value"))
     failing, total = result["unexpected_count"], result["element_count"]
     if not failing:
-        return f"all {_rows(total)} pass" if total else "no rows"
-    first = rows.iloc[result["partial_unexpected_index_list"][:3]]
-    places = ", ".join(f"{source}:{line}" for source, line in zip(first["source"], first["line"], strict=True))
+        return f"all {count_rows(total)} pass" if total else "no rows"
+    first = result["partial_unexpected_index_list"][:3]
     more = ", …" if failing > len(first) else ""
-    return f"{failing:,} of {_rows(total)} ({failing / total:.1%}): {places}{more}"
+    return f"{failing:,} of {count_rows(total)} ({failing / total:.1%}): {place(first)}{more}"
 
 
-def _rows(count: int) -> str:
+def count_rows(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
-def _write_index(site: Path, passed: bool, checks: list[Check]) -> None:
+def _write_index(site: Path, title: str, passed: bool, checks: list[Check]) -> None:
     """Write the start page: every check with its outcome, and links to Great Expectations' own pages.
 
     Great Expectations' start page, kept beside it, fills its table by scripts from the network: blank without it."""
@@ -330,7 +376,7 @@ def _write_index(site: Path, passed: bool, checks: list[Check]) -> None:
     )
     links = "".join(f'<li><a href="{html.escape(path)}">{html.escape(title)}</a></li>\n' for title, path in pages)
     page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Training data: {"passed" if passed else "rejected"}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{title}: {"passed" if passed else "rejected"}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root {{ color-scheme: light dark }}
@@ -339,7 +385,7 @@ table {{ border-collapse: collapse; width: 100% }}
 td, th {{ text-align: left; vertical-align: top; padding: .4rem .8rem .4rem 0; border-bottom: 1px solid #8884 }}
 .critical td:first-child {{ color: #c62828; font-weight: bold }} .warning td:first-child {{ color: #b26a00 }}
 </style></head><body>
-<h1>Training data: {"passed" if passed else "rejected"}</h1>
+<h1>{title}: {"passed" if passed else "rejected"}</h1>
 <p>A critical check that fails stops the run; warnings and infos do not.</p>
 <table><thead><tr><th>Outcome</th><th>Severity</th><th>Check</th><th>Observed</th></tr></thead><tbody>
 {body}</tbody></table>

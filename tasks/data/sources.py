@@ -1,108 +1,203 @@
-"""Sources: the rows of local files, folders and Hub data sets, one at a time, each usable or rejected with a reason.
+"""Sources: where rows are (local files, folders and globs, s3:// and https:// addresses, the Hub), file by file.
 
-Trouble with a file as a whole raises DataError; trouble with a row yields Rejected, so that every row read is accounted
-for. Only Parquet and the Hub need a library, which is imported where it is used.
+Trouble with a file as a whole raises DataError; trouble with a row is passed on with it, so that every row read is
+accounted for. What a file's records are is records.py's; the Hub's library is imported where it is used.
 """
 
-import csv
 import difflib
+import glob
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, get_args
+from urllib.parse import unquote
 
-from tasks.core.config import SourceConfig
-from tasks.core.digest import content_digest, file_sha256
+from tasks.core.config import Column, DataConfig, ReplayConfig, SourceConfig, Tag
+from tasks.core.digest import content_digest, file_sha256, sha256
 from tasks.core.errors import DataError
-from tasks.data.formats import BadRow, Rejected, Row, detect_format, excerpt, is_bare_conversation, to_row
+from tasks.data.downloads import fetch, is_remote, list_remote, shown
+from tasks.data.files import (
+    ARCHIVES,
+    SUFFIXES,
+    TABLES,
+    WORKBOOKS,
+    data_files,
+    data_names,
+    data_suffix,
+    one_line,
+    refusal,
+    unreadable,
+)
+from tasks.data.formats import BadRow, Rejected, Row, detect_format, listed, to_row
+from tasks.data.records import Records, parse_record, read_records
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-NOT_ROWS = ("dataset_info.json", "dataset_infos.json")  # LLaMA-Factory's and the Hub's own descriptions of a folder
 SNIFFED_ROWS = 50
-SNIFFED_CHARS = 1 << 20  # a first line longer than this is taken for an array; rows that long are quarantined anyway
-BLANK_CELLS = ("NaN", "nan", "NULL", "null")  # what pandas and databases write into a cell that has no value
+INFO = "dataset_info.json"
+MEDIA = ("images", "videos", "audios")
+FORMATTINGS = ("alpaca", "sharegpt", "openai")
 
-Records = Iterator[tuple[int, Any]]
-"""Line (or number) and value of each record; the value is a BadRow where the record could not be parsed."""
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, whose records are read as they are asked for, once and in the order of the files."""
+
+    name: str
+    """What its rows are labelled with: its name (inside the folder, where the source is one), or the Hub id."""
+    where: str
+    """What messages call it: path or address, without secrets."""
+    source: SourceConfig
+    """The source; for an entry of a dataset_info.json, what the entry stands for."""
+    format: str
+    records: Records
+    """Line (or number) and value of each record: a BadRow, a value, or JsonText for parse_record to make one."""
+
+
+def read_files(source: SourceConfig) -> Iterator[SourceFile]:
+    """Yield the files of a source in the order of their names; together they give at most `source.max_rows` records.
+
+    Raises DataError, while being read, for whatever makes a file or data set unreadable as a whole."""
+    source, entry = resolve_entry(source)
+    left = source.max_rows
+    for name, where, records in _all_records(source, entry):
+        head = list(islice(records, SNIFFED_ROWS))
+        format_ = _head_format(head, name, where, source)
+        taken = islice(chain(head, records), left)
+        if left is None:
+            yield SourceFile(name, where, source, format_, taken)
+            continue
+        counted = _Counted(taken)
+        yield SourceFile(name, where, source, format_, counted)
+        left -= counted.count
+        if left == 0:
+            return
+
+
+class _Counted:
+    """Records, and how many of them were taken."""
+
+    def __init__(self, records: Records) -> None:
+        self.records, self.count = records, 0
+
+    def __iter__(self) -> "_Counted":
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        record = next(self.records)
+        self.count += 1
+        return record
 
 
 def read_rows(source: SourceConfig) -> Iterator[Row | Rejected]:
-    """Yield every row of a source, at most `source.max_rows`, in the order of its files' names and lines.
+    """Yield every row of a source, usable or rejected, at most `source.max_rows`, as read_files does."""
+    for file in read_files(source):
+        for line, value in file.records:
+            yield to_row(parse_record(value), file.format, file.name, line, file.source)
 
-    Raises DataError, while being read, for whatever makes a file or data set unreadable as a whole."""
-    return islice(_all_rows(source), source.max_rows)
 
-
-def _all_rows(source: SourceConfig) -> Iterator[Row | Rejected]:
+def _all_records(source: SourceConfig, entry: dict[str, Any]) -> Iterator[tuple[str, str, Records]]:
     if is_hub_id(source.path):
-        yield from _rows_of(_hub_records(source), source.format, source.path, f"Hub data set {source.path}")
+        yield source.path, f"Hub data set {source.path}", _hub_records(source, entry.get("folder"))
         return
-    for name, path in local_files(source.path).items():
-        yield from _rows_of(_file_records(path), source.format, name, str(path))
+    for name, (where, path) in _files(source.path).items():
+        for file in data_files(path, name, where):
+            yield file.name, file.where, read_records(file, source.split)
 
 
-def _rows_of(records: Records, named: str, name: str, where: str) -> Iterator[Row | Rejected]:
-    head = list(islice(records, SNIFFED_ROWS))
+def _head_format(head: list[tuple[int, Any]], name: str, where: str, source: SourceConfig) -> str:
     if not head:
         raise DataError(f"{where}: expected rows of training data, found none: it is empty. Check how it was written.")
-    parsed = [value for _, value in head if not isinstance(value, BadRow)]
+    values = [parse_record(value) for _, value in head]
+    parsed = [value for value in values if not isinstance(value, BadRow)]
     if not parsed:
-        line, bad = head[0]
-        raise DataError(f"{where}:{line}: no row can be read. {bad.detail} Mend the file, or write it anew.")
-    format_ = detect_format(parsed, named, where)
-    for line, value in chain(head, records):
-        yield to_row(value, format_, name, line)
+        raise DataError(
+            f"{where}:{head[0][0]}: no row can be read. {values[0].detail} Mend the file, or write it anew."
+        )
+    first = next(line for (line, _), value in zip(head, values, strict=True) if not isinstance(value, BadRow))
+    place = where if is_hub_id(source.path) else f"{where}:{first}"
+    return detect_format(parsed, source.format, place, source, is_table=data_suffix(name) in TABLES)
 
 
 def source_name(source: SourceConfig) -> str:
-    """Return what a report calls a source: its file's or folder's name, or its Hub id."""
-    return source.path if is_hub_id(source.path) else Path(source.path).name
+    """Return what a report calls a source: its entry's, file's or folder's name, or its Hub id; never a secret."""
+    if source.entry:
+        return source.entry
+    if is_hub_id(source.path):
+        return source.path
+    name = shown(source.path).rstrip("/").rpartition("/")[2]
+    return unquote(name) if is_remote(source.path) else name
+
+
+def source_digests(config: DataConfig) -> list[str]:
+    """Return the content identity of each source, for the key of the data set made from them. Raises DataError."""
+    replay = config.replay.sources if config.replay else []
+    return [content_identity(source) for source in (*config.sources, *replay)]
+
+
+def prompts_digest(replay: ReplayConfig) -> str:
+    """Return the content of the prompts that self-replay answers. Raises DataError where they are not there."""
+    path = Path(str(replay.prompts))
+    if not path.is_file():
+        raise DataError(f"{path}: the prompts of data.replay are not there.{_near_names(path)}")
+    return file_sha256(path)
 
 
 def content_identity(source: SourceConfig) -> str:
-    """Return what a source's rows are, without parsing: the sha256 of its local files, or hub:<id>@<commit>.
+    """Return what a source's rows are, without parsing: the sha256 of its files, or hub:<id>@<commit>.
 
     Raises DataError where the source is not there."""
+    source, entry = resolve_entry(source)
     if is_hub_id(source.path):
-        return f"hub:{source.path}@{hub_commit(source)}"
-    files = local_files(source.path)
-    try:
-        digests = {name: file_sha256(file) for name, file in files.items()}
-    except OSError as error:
-        raise DataError(_unreadable(source.path, error)) from None
-    return content_digest(digests) if Path(source.path).is_dir() else next(iter(digests.values()))
+        identity = f"hub:{source.path}@{hub_commit(source)}"
+    else:
+        files = _files(source.path)
+        try:
+            digests = {name: file_sha256(path) for name, (_, path) in files.items()}
+        except OSError as error:
+            raise DataError(unreadable(shown(source.path), error)) from None
+        identity = content_digest(digests) if len(digests) > 1 else next(iter(digests.values()))
+    if entry:  # its columns and tags say what the rows are, and are in no recipe
+        identity = content_digest({"entry": sha256(json.dumps(entry, sort_keys=True).encode()), "rows": identity})
+    return identity
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _files(path: str) -> dict[str, tuple[str, Path]]:
+    """Return the data files of a source that is not on the Hub: what messages call each, and its path here, by name."""
+    if is_remote(path):
+        return {remote.name: (remote.where, fetch(remote)) for remote in list_remote(path)}
+    return {name: (str(file), file) for name, file in local_files(path).items()}
 
 
 def local_files(path: str) -> dict[str, Path]:
-    """Return the data files of a local source by the name rows are labelled with. Raises DataError."""
-    if "://" in path or path.startswith("package:"):
-        raise DataError(
-            f"{path}: expected a local file, a folder or a Hub data set id (owner/name), found a URL. Download it "
-            "first."
-        )
+    """Return the data files of a local file, folder or glob by the name rows are labelled with. Raises DataError."""
+    if path.startswith("package:"):
+        raise DataError(f"{path}: expected a file, a folder or a Hub data set id (owner/name), found a packaged file.")
     root = Path(path)
     if root.is_file():
-        if root.suffix.lower() not in SUFFIXES:
-            raise DataError(
-                f"{path}: expected a file name that ends in {', '.join(SUFFIXES)}, found "
-                f"{root.suffix or 'no suffix'}. Convert or rename it."
-            )
+        if not data_suffix(root.name):
+            raise DataError(f"{path}: {refusal(root.name)}")
         return {root.name: root}
-    if not root.is_dir():
+    if root.is_dir():
+        found = [file for file in root.rglob("*") if file.is_file()]
+    elif glob.has_magic(path):
+        found = [file for file in map(Path, glob.glob(path, recursive=True)) if file.is_file()]
+        root = Path(*root.parts[: next(n for n, part in enumerate(root.parts) if glob.has_magic(part))])
+    else:
         raise DataError(f"{path}: there is no such file or folder.{_near_names(root)}")
-    files = {
-        file.relative_to(root).as_posix(): file
-        for file in root.rglob("*")
-        if file.is_file() and file.suffix.lower() in SUFFIXES and file.name not in NOT_ROWS
-    }
-    visible = {name: files[name] for name in sorted(files) if not any(part[0] == "." for part in name.split("/"))}
-    if not visible:
-        raise DataError(f"{path}: expected a folder with {', '.join(SUFFIXES)} files, found none. Check the path.")
-    return visible
+    files = {file.relative_to(root).as_posix(): file for file in found}
+    names = data_names(files)
+    if not names and len(files) == 1:
+        raise DataError(f"{root / next(iter(files))}: {refusal(next(iter(files)))}")
+    if not names:
+        expected = "a folder with" if root == Path(path) else "a glob of"
+        raise DataError(f"{path}: expected {expected} {', '.join(SUFFIXES)} files, found none. Check the path.")
+    return {name: files[name] for name in names}
 
 
 def _near_names(path: Path) -> str:
@@ -116,247 +211,125 @@ def _near_names(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, 3, cutoff=0.5)
     if near:
         return f" Did you mean {' or '.join(near)}?"
-    data = [name for name in names if Path(name).suffix.lower() in SUFFIXES][:5]
+    data = [name for name in names if data_suffix(name)][:5]
     return f" {folder} has {', '.join(data) or 'no data files'}. Check data.sources."
 
 
-def _unreadable(path: str | Path, error: OSError) -> str:
-    return f"{path}: the file could not be read: {error.strerror or error}. Check its permissions and its disk."
+# --- dataset_info.json ------------------------------------------------------------------------------------------------
 
 
-# --- local files ------------------------------------------------------------------------------------------------------
-
-
-def _file_records(path: Path) -> Records:
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_records(path)
-            return
-        encoding = _encoding(path)
-        # newline="\n" keeps U+2028, a lone CR and the like inside their line; csv does its own splitting.
-        with path.open(encoding=encoding, newline="" if suffix in (".csv", ".tsv") else "\n") as file:
-            yield from _table_records(file, path) if suffix in (".csv", ".tsv") else _json_records(file, path)
-    except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path, error.encoding)) from None
-    except OSError as error:
-        raise DataError(_unreadable(path, error)) from None
-
-
-def _encoding(path: Path) -> str:
-    """Return the encoding that a byte-order mark, or UTF-16's zero bytes, give away; else UTF-8."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-    for mark, encoding in ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if head.startswith(mark):
-            return encoding
-    if head[1:2] == b"\0" or head[0:1] == b"\0":  # ASCII, with which every file of ours begins, as 16 bits
-        return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
-    return "utf-8-sig"
-
-
-def _not_utf8(path: Path, encoding: str) -> str:
-    if not encoding.startswith("utf-8"):
-        return f"{path}: expected {encoding} text, as its first bytes say, but it is damaged. Write it anew as UTF-8."
-    with path.open("rb") as file:  # the decoder counts from the start of its own buffer: look for the line again
-        number, line = next((n, line) for n, line in enumerate(file, 1) if not _decodes(line, "utf-8"))
-    name = "GB18030" if _decodes(line, "gb18030") else "ITS_ENCODING"
-    return (
-        f"{path}:{number}: expected UTF-8 text, found other bytes. Convert it: "
-        f"iconv -f {name} -t UTF-8 {path.name} > utf8-{path.name}"
-    )
-
-
-def _decodes(data: bytes, encoding: str) -> bool:
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _json_records(file: IO[str], path: Path) -> Records:
-    """Yield the records of JSON text, whatever the suffix: lines of objects or of conversations, or one array."""
-    head = file.read(SNIFFED_CHARS)
-    file.seek(0)
-    lines = [line.strip() for line in head.split("\n")]
-    if len(head) == SNIFFED_CHARS and len(lines) > 1:
-        del lines[-1]  # cut in the middle
-    lines = [line for line in lines if line][:20]
-    if not lines:
-        return
-    alone = [value for value in map(_parsed, lines) if not isinstance(value, BadRow)]
-    if lines[0].startswith("["):
-        if lines[0] != "[" and any(is_bare_conversation(value) for value in alone):
-            yield from _line_records(file)
-        else:
-            yield from _array_records(file, path)
-    elif any(isinstance(value, dict) for value in alone) or len(lines) == 1:
-        yield from _line_records(file)
-    else:
-        yield 1, _whole(file.read(), path)
-
-
-def _line_records(file: IO[str]) -> Records:
-    for number, line in enumerate(file, 1):
-        if text := line.strip():
-            yield number, _parsed(text)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return BadRow("invalid_json", f"Not valid JSON at column {error.colno}: {error.msg}.", excerpt(text))
-    except (ValueError, RecursionError):
-        return BadRow("invalid_json", "The JSON is nested too deeply, or has a number too long to read.", excerpt(text))
-
-
-def _whole(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(_invalid_json(path, error.lineno, error.colno, error.msg)) from None
-    except (ValueError, RecursionError):
-        raise DataError(_invalid_json(path, 1, 1, "nested too deeply, or a number too long to read")) from None
-
-
-def _invalid_json(path: Path, line: int, column: int, message: str) -> str:
-    return (
-        f"{path}:{line}:{column}: expected an array of rows, or one row per line, found invalid JSON: {message}. "
-        "Mend the file, or write it anew if it was cut off."
-    )
-
-
-class _Window:
-    """The part of a text file that is being parsed, and where in the file it begins."""
-
-    def __init__(self, file: IO[str], path: Path) -> None:
-        self.file, self.path = file, path
-        self.text, self.at, self.line, self.column = "", 0, 1, 1
-
-    def grow(self) -> bool:
-        """Drop what was parsed and read on; False at the end of the file. Doubling keeps long records linear."""
-        done, self.text, self.at = self.text[: self.at], self.text[self.at :], 0
-        self.line, self.column = self._place(done, len(done))
-        more = self.file.read(max(1 << 20, len(self.text)))
-        self.text += more
-        return bool(more)
-
-    def _place(self, text: str, at: int) -> tuple[int, int]:
-        newline = text.rfind("\n", 0, at)
-        column = at - newline if newline >= 0 else self.column + at
-        return self.line + text.count("\n", 0, at), column
-
-    def error(self, message: str, at: int | None = None) -> DataError:
-        return DataError(
-            _invalid_json(self.path, *self._place(self.text, self.at if at is None else at), message.rstrip("."))
-        )
-
-    def peek(self) -> str:
-        """Return the next character that is not white space, or nothing at the end of the file."""
-        while True:
-            while self.at < len(self.text):
-                if self.text[self.at] not in " \t\r\n":
-                    return self.text[self.at]
-                self.at += 1
-            if not self.grow():
-                return ""
-
-    def value(self) -> Any:
-        """Return the JSON value that begins here, and step over it."""
-        decoder = json.JSONDecoder()
-        while True:
-            try:
-                value, end = decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                into = error.pos - self.at
-                if not self.grow():  # which moves the value to the window's start, whether or not there is more
-                    raise self.error(error.msg, self.at + into) from None
-                continue
-            except (ValueError, RecursionError):
-                raise self.error("nested too deeply, or a number too long to read") from None
-            if end == len(self.text) and self.grow():  # 12 may be the start of 123
-                continue
-            self.at = end
-            return value
-
-
-def _array_records(file: IO[str], path: Path) -> Records:
-    """Yield the items of one JSON array, numbered from 1, holding one at a time in memory."""
-    window = _Window(file, path)
-    window.peek()
-    window.at += 1  # the bracket, which is why we are here
-    number = 0
-    more = window.peek() != "]"
-    while more:
-        number += 1
-        window.peek()
-        yield number, window.value()
-        following = window.peek()
-        if following not in (",", "]"):
-            raise window.error("Expecting ',' or ']'" if following else "the array is never closed")
-        more = following == ","
-        window.at += more
-    window.at += 1
-    if window.peek():
-        raise window.error("more text after the array's end")
-
-
-def _table_records(file: IO[str], path: Path) -> Records:
-    csv.field_size_limit(sys.maxsize)  # its default, 131,072, would refuse what max_chars is there to judge
-    header = file.readline()
-    file.seek(0)
-    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
-    table = csv.reader(file, delimiter=separator, strict=True)
-    names: list[str] | None = None
-    while True:
-        line = table.line_num + 1
-        try:
-            cells = next(table)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "unexpected end" in str(error):
-                raise DataError(
-                    f"{path}:{line}: a quoted cell that begins in this row is never closed. Double the quotes inside "
-                    "cells, or write the file anew."
-                ) from None
-            yield line, BadRow("invalid_csv", f"Not a valid row: {error}.")
-            continue
-        if not any(cell.strip() for cell in cells):
-            continue
-        if names is None:
-            names = [cell.strip() for cell in cells]
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}:{line}: column names must differ, found {', '.join(names)}. Rename one.")
-        elif len(cells) != len(names):
-            detail = f"Found {len(cells)} cells; expected {len(names)}: {', '.join(names)}."
-            yield line, BadRow("wrong_column_count", detail, excerpt(separator.join(cells)))
-        else:
-            yield line, {n: None if cell in BLANK_CELLS else cell for n, cell in zip(names, cells, strict=True)}
-
-
-def _parquet_records(path: Path) -> Records:
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except pyarrow.ArrowException as error:
-        where = f" after row {number}" if number else ""
+def resolve_entry(source: SourceConfig) -> tuple[SourceConfig, dict[str, Any]]:
+    """Return the source that an entry of LLaMA-Factory's dataset_info.json stands for, and the entry; or the source as
+    it is, and nothing. What the recipe says itself wins. Raises DataError for what is absent or not supported."""
+    path = Path(source.path)
+    if path.name != INFO:
+        if not source.entry:
+            return source, {}
+        path /= INFO
+    if is_remote(source.path) or not path.is_file():
         raise DataError(
-            f"{path}: not a readable Parquet file{where}: {_one_line(error)}. Write it anew, or download it again."
-        ) from None
+            f"{shown(source.path)}: expected a {INFO} on this machine, or a folder that holds one, found none. Correct "
+            "data.sources path, or leave entry out."
+        )
+    entries = _read_info(path)
+    if not source.entry:
+        raise DataError(f"{path}: name one of its entries as data.sources entry: {listed(entries, 20)}.")
+    if source.entry not in entries:
+        near = difflib.get_close_matches(source.entry, entries, 3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"It has {listed(entries, 20)}."
+        raise DataError(f"{path}: there is no entry {source.entry}. {hint}")
+    entry = entries[source.entry]
+    where = f"{path}, entry {source.entry}"
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: expected an object, found a {type(entry).__name__}.")
+    _check_entry(entry, source, where)
+    place = _entry_place(entry, path.parent, where)
+    rows = [number for number in (source.max_rows, entry.get("num_samples")) if number]
+    resolved = source.model_copy(
+        update={
+            "path": place,
+            "entry": None,
+            "columns": {**_entry_columns(entry, source, where), **source.columns},
+            "tags": {**_named(entry, "tags", get_args(Tag), where), **source.tags},
+            "subset": source.subset or entry.get("subset"),
+            "split": source.split if "split" in source.model_fields_set else entry.get("split") or source.split,
+            "max_rows": min(rows) if rows else None,
+        }
+    )
+    return resolved, entry
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".")
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(unreadable(path, error)) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. Mend it.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {one_line(error)}. Mend it.") from None
+    if not isinstance(entries, dict):
+        raise DataError(f"{path}: expected an object of data sets by name, found a {type(entries).__name__}.")
+    return entries
+
+
+def _check_entry(entry: dict[str, Any], source: SourceConfig, where: str) -> None:
+    columns = entry.get("columns") or {}
+    if "script_url" in entry:
+        raise DataError(
+            f"{where}: script_url names a program, which is not run. Load it once, and save the rows as JSON."
+        )
+    if entry.get("formatting", "alpaca") not in FORMATTINGS:
+        raise DataError(f"{where}: formatting: expected {', '.join(FORMATTINGS)}, found {entry['formatting']!r}.")
+    if media := [name for name in MEDIA if isinstance(columns, dict) and columns.get(name)]:
+        raise DataError(f"{where}: its rows have {', '.join(media)}; only text is trained on. Choose another entry.")
+    if isinstance(columns, dict) and columns.get("kto_tag"):
+        raise DataError(
+            f"{where}: its answers are labelled as good or bad (kto_tag), which supervised fine-tuning cannot use. "
+            "Keep the good ones in a file of their own."
+        )
+    if entry.get("ranking") and source.preference != "chosen":
+        raise DataError(
+            f"{where}: its rows are preference pairs (ranking), which supervised fine-tuning cannot use. Set "
+            "data.sources preference=chosen to train on the chosen answers."
+        )
+    samples = entry.get("num_samples")
+    if samples is not None and not (isinstance(samples, int) and samples > 0):
+        raise DataError(f"{where}: num_samples: expected a number of rows, found {samples!r}.")
+
+
+def _entry_place(entry: dict[str, Any], folder: Path, where: str) -> str:
+    """Return the Hub id or the path of an entry's rows, in the order in which LLaMA-Factory looks for them."""
+    for key in ("hf_hub_url", "file_name", "cloud_file_name"):
+        place = entry.get(key)
+        if isinstance(place, str) and place:
+            return place if key == "hf_hub_url" or is_remote(place) else str(folder / place)
+    others = [key for key in entry if key.endswith("_hub_url")]
+    raise DataError(
+        f"{where}: expected file_name or hf_hub_url, found {', '.join(others or entry) or 'nothing'}. "
+        "Download the data set first, and name its file."
+    )
+
+
+def _entry_columns(entry: dict[str, Any], source: SourceConfig, where: str) -> dict[str, str]:
+    columns = _named(entry, "columns", (*get_args(Column), *MEDIA, "chosen", "rejected", "kto_tag"), where)
+    chosen = columns.get("chosen", "chosen")
+    if chosen != "chosen" and "messages" in columns:
+        raise DataError(
+            f"{where}: the chosen answers to messages are expected under chosen, found {chosen}. Rename it."
+        )
+    if chosen != "chosen":
+        columns["response"] = chosen
+    return {name: column for name, column in columns.items() if name in get_args(Column)}
+
+
+def _named(entry: dict[str, Any], key: str, known: tuple[str, ...], where: str) -> dict[str, str]:
+    names = entry.get(key) or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values() if name):
+        raise DataError(f"{where}: {key}: expected an object of names, found {json.dumps(names)[:100]}.")
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(f"{where}: {key}: expected {', '.join(known)}, found {', '.join(unknown)}.")
+    return {name: value for name, value in names.items() if value}
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------
@@ -366,7 +339,7 @@ def is_hub_id(path: str) -> bool:
     """Return whether `path` is a Hub data set id: name or owner/name, no data file's suffix, and nothing local."""
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
-        and Path(path).suffix.lower() not in (*SUFFIXES, ".txt", ".gz", ".zip", ".xlsx")
+        and Path(path).suffix.lower() not in (*SUFFIXES, *ARCHIVES, *WORKBOOKS)
         and not Path(path).exists()
     )
 
@@ -395,7 +368,7 @@ def hub_commit(source: SourceConfig) -> str:
         raise DataError(_hub_sentence(source, error)) from error
 
 
-def _hub_records(source: SourceConfig) -> Records:
+def _hub_records(source: SourceConfig, folder: str | None) -> Records:
     commit = hub_commit(source)
     import datasets
 
@@ -403,7 +376,7 @@ def _hub_records(source: SourceConfig) -> Records:
     for library in ("datasets", "huggingface_hub"):  # their warnings are about caches and README headers
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=commit)
+        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=commit, data_dir=folder)
     except Exception as error:  # datasets has a dozen types for this, and passes those of four other libraries on
         raise DataError(_hub_sentence(source, error)) from error
     files = [Path(file["filename"]) for file in rows.cache_files]
@@ -418,7 +391,7 @@ def _hub_records(source: SourceConfig) -> Records:
 def _hub_sentence(source: SourceConfig, error: Exception) -> str:
     """Return what is wrong with a Hub data set, and what to do, from the exception its libraries raised."""
     name, kinds = source.path, {kind.__name__ for kind in type(error).__mro__}
-    text = _one_line(error)
+    text = one_line(error)
     if "GatedRepoError" in kinds or "gated dataset" in text:
         return (
             f"Hub data set {name} is gated. Accept its terms at https://huggingface.co/datasets/{name}, then log in "

@@ -1,5 +1,6 @@
 """Scoring and comparing as Prefect tasks."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,29 @@ from prefect import task
 from tasks.core.config import EvalConfig, ModelConfig
 from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
-from tasks.core.records import AdapterRef, BaseRef, ForgettingReport, ItemScore, ScoreSheet
+from tasks.core.records import AdapterRef, BaseRef, ForgettingReport, ItemScore, ItemsRef, ScoreSheet
 from tasks.core.settings import read_settings
-from tasks.core.stages import Stage, comparison_stage, precision, scores_stage
+from tasks.core.stages import Stage, comparison_stage, items_stage, precision, scores_stage
 from tasks.core.store import Store, open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
 ITEMS = "items.jsonl"
+
+
+@task(name="list-evaluation-items", **STAGE_OPTIONS)
+def list_evaluation_items(evaluation: EvalConfig, store_url: str) -> ItemsRef:
+    """Return the texts of all evaluation items, which no training row may hold."""
+    from tasks.evaluation.suite import suite_digest
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.suite import read_item_texts
+
+        texts = read_item_texts(evaluation)
+        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in texts)
+        (folder / ITEMS).write_text(lines, encoding="utf-8")
+        return {"items": len(texts)}
+
+    return stored(open_store(read_settings(store_url)), items_stage(suite_digest(evaluation)), ItemsRef, make)
 
 
 @task(name="score-model", task_run_name="score-{moment}", **STAGE_OPTIONS)
@@ -31,7 +48,8 @@ def score_model(
     def make(folder: Path) -> dict[str, Any]:
         from tasks.evaluation.harness import score_model as score
         from tasks.models.base import open_base
-        from tasks.models.load import free_memory, load_shipped, load_tokenizer, pick_dtype
+        from tasks.models.load import free_memory, load_shipped, pick_dtype
+        from tasks.models.tokenizer import load_tokenizer
 
         started = time.monotonic()
         report_progress(moment, 0, 0, "loading the model")

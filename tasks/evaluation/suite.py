@@ -50,10 +50,16 @@ def suite_digest(config: EvalConfig) -> str:
 def build_tasks(config: EvalConfig, tokenizer: Any) -> tuple[list[Any], Any]:
     """Return what lm_eval.simple_evaluate takes as tasks, and the TaskManager that knows the named ones.
     Raises ConfigError for names it does not know and rows of the wrong shape."""
-    from lm_eval.tasks import TaskManager
-
     wanted = [t for c in config.capabilities for t in c.tasks]
     named = [t.name for t in wanted if t.file is None]
+    manager = _known_tasks(config, named)
+    return [*named, *(_file_task(t, tokenizer) for t in wanted if t.file is not None)], manager
+
+
+def _known_tasks(config: EvalConfig, named: list[str]) -> Any:
+    """Return lm-eval's TaskManager, which knows all of the named tasks. Raises ConfigError."""
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(
         include_path=config.task_folders or None, include_defaults=config.builtin_tasks, verbosity="ERROR"
     )
@@ -67,7 +73,47 @@ def build_tasks(config: EvalConfig, tokenizer: Any) -> tuple[list[Any], Any]:
                 for name in unknown
             ]
         )
-    return [*named, *(_file_task(t, tokenizer) for t in wanted if t.file is not None)], manager
+    return manager
+
+
+def read_item_texts(config: EvalConfig) -> list[tuple[str, str, str]]:
+    """Return the task, question and right answer of every item of a suite, without a tokenizer."""
+    texts = []
+    for task in (t for c in config.capabilities for t in c.tasks if t.file):
+        for row in _read_jsonl(Path(str(task.file))):
+            try:
+                texts.append((task.name, *_question_and_answer(task, row)))
+            except (KeyError, TypeError, IndexError, ValueError) as error:
+                raise _wrong_shape(task, error) from None
+    named = [t.name for c in config.capabilities for t in c.tasks if not t.file]
+    return [*texts, *_named_item_texts(config, named)] if named else texts
+
+
+def _question_and_answer(task: TaskConfig, row: dict[str, Any]) -> tuple[str, str]:
+    if task.conversations:
+        question, *rest = [m["content"] for m in row["messages"] if m["role"] != "system"]
+        return question, "\n".join(rest)
+    return ("", row["text"]) if task.texts else (row["context"], row["choices"][row["gold"]])
+
+
+def _named_item_texts(config: EvalConfig, names: list[str]) -> list[tuple[str, str, str]]:
+    from lm_eval.tasks import get_task_dict
+
+    texts: list[tuple[str, str, str]] = []
+
+    def visit(tasks: dict[Any, Any]) -> None:
+        for name, task in tasks.items():
+            if isinstance(task, dict):
+                visit(task)
+                continue
+            for doc in task.eval_docs:
+                question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+                if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
+                    answer = task.doc_to_choice(doc)[answer]
+                texts.append((str(name), str(question), str(answer)))
+
+    visit(get_task_dict(names, _known_tasks(config, names)))
+    return texts
 
 
 def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
@@ -107,10 +153,7 @@ def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
         else:
             shape, docs = "choices", [_choice_doc(row) for row in rows]
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ConfigError(
-            f"eval task {task.name}: a row of {task.file} has not the expected shape ({error!r}). Expected "
-            "conversations: {messages}, texts: {text}, choices: {context, choices, gold}."
-        ) from None
+        raise _wrong_shape(task, error) from None
     if not docs:
         raise ConfigError(f"eval task {task.name}: {task.file} has no rows, so there is nothing to score.")
     dataset = Dataset.from_list(docs)
@@ -123,6 +166,13 @@ def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
             "metadata": {"version": 1},
             **shapes[shape],
         }
+    )
+
+
+def _wrong_shape(task: TaskConfig, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"eval task {task.name}: a row of {task.file} has not the expected shape ({error!r}). Expected "
+        "conversations: {messages}, texts: {text}, choices: {context, choices, gold}."
     )
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from tasks.models.load import dtype_name, load_shipped, load_tokenizer
+from tasks.models.load import dtype_name, load_shipped
+from tasks.models.tokenizer import load_tokenizer
 
 
 def write_merged(

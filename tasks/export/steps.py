@@ -54,8 +54,8 @@ def convert_to_gguf(export: ExportConfig, merged: ModelRef, store_url: str) -> G
         from tasks.export.gguf import convert_to_gguf as convert
         from tasks.export.gguf import generate_sample, quantise_gguf
         from tasks.export.ollama import write_modelfile
-        from tasks.models.load import load_tokenizer
         from tasks.models.template import default_system
+        from tasks.models.tokenizer import load_tokenizer
 
         source = store.local_folder(merged.artifact)
         system = export.system or default_system(load_tokenizer(source, "auto"))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from tasks.core.config import ModelConfig
 from tasks.core.errors import ModelError
 from tasks.core.hardware import resolve_dtype
-from tasks.models.template import apply_named_template
+from tasks.models.tokenizer import load_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -69,15 +69,6 @@ def _parse_gguf_once() -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(gguf, name, original)
-
-
-def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer with a chat template. Raises ModelError where there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if not tokenizer.is_fast:
-        raise ModelError(f"The tokenizer in {folder} has no fast version, which label masks need (character offsets).")
-    apply_named_template(tokenizer, template, str(folder))
-    return tokenizer
 
 
 def describe_model(folder: Path, config: ModelConfig) -> dict[str, Any]:

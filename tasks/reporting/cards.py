@@ -37,6 +37,9 @@ def write_card(manifest: RunManifest) -> str:
         facts.append(
             ("Rows", f"{manifest.dataset.read} read: {rows}, {sum(manifest.dataset.quarantined.values())} quarantined")
         )
+        replayed = {**manifest.dataset.replay, **_self_replay(manifest)}
+        if replayed:
+            facts.append(("Replay", ", ".join(f"{count} {name}" for name, count in replayed.items())))
     if manifest.adapter:
         a, t = manifest.adapter, recipe.train
         facts.append(
@@ -65,6 +68,11 @@ def write_card(manifest: RunManifest) -> str:
     if manifest.gguf:
         parts += [f"> {escape(manifest.gguf.prompt)}", ">", f"> {escape(manifest.gguf.sample)}", ""]
     return "\n".join(parts)
+
+
+def _self_replay(manifest: RunManifest) -> dict[str, int]:
+    answered = manifest.tokens.replayed if manifest.tokens else 0
+    return {"answered by the base itself": answered} if answered else {}
 
 
 def delta_table(deltas: list[Delta]) -> str:

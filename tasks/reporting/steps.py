@@ -33,8 +33,8 @@ def publish_run(manifest: RunManifest, store_url: str) -> ArtifactRef:
         names = ("capability", "role", "before", "after", "delta", "interval", "budget", "status")
         rows = [dict(zip(names, delta_cells(d), strict=True)) for d in manifest.report.capabilities]
         create_table_artifact(rows, key="deltas", description=manifest.report.reason)
-    for name in ("adapter", "merged", "gguf", "data_report"):
+    for name in ("adapter", "merged", "gguf"):
         record = getattr(manifest, name)
         if record is not None:
-            create_link_artifact(record.artifact.uri, key=name.replace("_", "-"), description=f"{name} of the run")
+            create_link_artifact(record.artifact.uri, key=name, description=f"{name} of the run")
     return card.artifact

@@ -8,7 +8,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from tasks.core.config import ModelConfig, TrainConfig
 from tasks.core.progress import report_progress
-from tasks.core.records import AdapterRef, BaseRef, DatasetRef, TrainPoint
+from tasks.core.records import AdapterRef, BaseRef, TokensRef, TrainPoint
 from tasks.core.settings import read_settings
 from tasks.core.stages import adapter_stage
 from tasks.core.store import open_store, stored
@@ -17,7 +17,7 @@ from tasks.policy import STAGE_OPTIONS
 
 @task(name="train-adapter", **STAGE_OPTIONS)
 def train_adapter(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, dataset: DatasetRef, store_url: str
+    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str
 ) -> AdapterRef:
     """Return the trained adapter; its weights and training curve are in the store."""
     store = open_store(read_settings(store_url))
@@ -40,14 +40,13 @@ def train_adapter(
 
         fields = fit(
             open_base(store, base, model),
-            base.template,
-            store.local_folder(dataset.artifact),
+            store.local_folder(tokens.artifact),
             train,
             folder,
             on_step,
             model.trust_remote_code,
         )
         free_memory()
-        return fields
+        return {**fields, "dropped_too_long": tokens.too_long["train"]}
 
-    return stored(store, adapter_stage(train, base, dataset), AdapterRef, make)
+    return stored(store, adapter_stage(train, base, tokens), AdapterRef, make)

@@ -15,36 +15,29 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from tasks.core.config import TrainConfig
-from tasks.core.errors import ConfigError, DataError, ForgetlessError
+from tasks.core.errors import ConfigError, ForgetlessError
 from tasks.core.hardware import device_class
 from tasks.core.records import TrainPoint
-from tasks.models.load import dtype_name, free_memory, load_model, load_tokenizer, pick_dtype
+from tasks.models.encode import Examples, read_examples
+from tasks.models.load import dtype_name, free_memory, load_model, pick_dtype
 from tasks.models.parallel import map_parallel
-from tasks.models.template import Example, encode_conversation
+from tasks.models.template import Example
 from tasks.training.packing import Pack, pack_examples, plan_steps
 
 OnStep = Callable[[int, int, TrainPoint], None]
 
 
 def train_adapter(
-    base: Path, template: str, dataset: Path, config: TrainConfig, out: Path, on_step: OnStep, trust_remote_code: bool
+    base: Path, tokens: Path, config: TrainConfig, out: Path, on_step: OnStep, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Train an adapter on `dataset`/train.jsonl, write it to `out` in PEFT's format and return AdapterRef's fields.
+    """Train an adapter on the sequences in `tokens`, write it to `out` in PEFT's format and return AdapterRef's fields.
 
     `on_step(step, steps, point)` is called after every optimizer step. Losses are in nats per supervised token.
-    Raises DataError where nothing is left to learn, ForgetlessError where the loss stops being a number."""
+    Raises ForgetlessError where the loss stops being a number."""
     started = time.monotonic()
     device = device_class()
     dtype = pick_dtype(config.dtype)
-    tokenizer = load_tokenizer(base, template, trust_remote_code)
-    examples, dropped = _encode_file(tokenizer, dataset / "train.jsonl", config.max_tokens)
-    held_out, held_out_dropped = _encode_file(tokenizer, dataset / "validation.jsonl", config.max_tokens)
-    for split, fitting, too_long in (("training", examples, dropped), ("validation", held_out, held_out_dropped)):
-        if not fitting:
-            raise DataError(
-                f"Each of the {too_long} {split} conversations is longer than train.max_tokens={config.max_tokens}. "
-                "Raise train.max_tokens and train.pack_tokens, or bring shorter rows."
-            )
+    examples, held_out = (_examples(read_examples(tokens / split)) for split in ("train", "validation"))
     steps = plan_steps(examples, config.pack_tokens, config.step_tokens, config.epochs, config.max_steps, config.seed)
     validation = pack_examples(held_out, config.pack_tokens)
 
@@ -64,7 +57,7 @@ def train_adapter(
 
     curve = [TrainPoint(step=0, validation_loss=mean_loss(model, validation, device))]
     every = config.validate_every or max(1, math.ceil(len(steps) / 10))
-    tokens = supervised = 0
+    seen = supervised = 0
     for number, packs in enumerate(steps, start=1):
         began = time.monotonic()
         rate = config.learning_rate * schedule(number, len(steps), config.schedule, config.warmup_share)
@@ -92,7 +85,7 @@ def train_adapter(
         if device == "cpu":  # packs of ever other lengths fragment its heap, which else grows by 0.3 GB a step
             free_memory()
         step_tokens = sum(pack.tokens for pack in packs)
-        tokens, supervised = tokens + step_tokens, supervised + labels
+        seen, supervised = seen + step_tokens, supervised + labels
         seconds = time.monotonic() - began
         due = number % every == 0 or number == len(steps)
         point = TrainPoint(
@@ -119,9 +112,8 @@ def train_adapter(
         "method": config.method,
         "trainable_parameters": sum(p.numel() for p in parameters),
         "steps": len(steps),
-        "tokens": tokens,
+        "tokens": seen,
         "supervised_tokens": supervised,
-        "dropped_too_long": dropped,
         "seconds": time.monotonic() - started,
         "dtype": dtype_name(dtype),
         "first_validation_loss": curve[0].validation_loss,
@@ -187,15 +179,6 @@ def schedule(step: int, steps: int, name: str, warmup_share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done)) if name == "cosine" else 1 - done
 
 
-def _encode_file(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[Example], int]:
-    """Return a split's conversations as examples, and how many were dropped as longer than `max_tokens`."""
-    examples = []
-    dropped = 0
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            for example in encode_conversation(tokenizer, json.loads(line)["messages"]):
-                if len(example.ids) <= max_tokens:
-                    examples.append(example)
-                else:
-                    dropped += 1
-    return examples, dropped
+def _examples(found: Examples) -> list[Example]:
+    """Return the sequences one by one, each as often as an epoch sees it."""
+    return [found.example(i) for i in range(len(found)) for _ in range(found.times[i])]

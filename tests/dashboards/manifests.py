@@ -21,6 +21,7 @@ from tasks.core.records import (
     OllamaRef,
     ScoreSheet,
     TaskScore,
+    TokensRef,
     TrainPoint,
 )
 from tasks.core.store import FileStore
@@ -220,6 +221,18 @@ def completed(run_id: str, outcome: ForgettingReport, minutes: float = 12.4) -> 
             sources=["/home/ann/zh_answers.jsonl"],
             formats={"messages": 1200, "alpaca": 340},
         ),
+        tokens=TokensRef(
+            artifact=artifact("tokens"),
+            passed=True,
+            checks=[
+                Check(expectation="the end is learned", severity="critical", passed=True, observed="all 2,310 rows")
+            ],
+            sequences={"train": 2200, "validation": 110},
+            tokens={"train": 401_200, "validation": 19_870},
+            supervised_tokens={"train": 300_100, "validation": 15_030},
+            too_long={"train": 2, "validation": 0},
+            digest="c" * 64,
+        ),
         data_report=DataReport(
             artifact=artifact("report"),
             passed=True,
@@ -335,7 +348,7 @@ def running() -> RunManifest:
         run_id=RUNNING,
         recipe=recipe("rank8", rank=8),
         started=START,
-        stages=stages(4, "running"),
+        stages=stages(5, "running"),
         base=whole.base,
         dataset=whole.dataset,
         data_report=whole.data_report,

@@ -77,7 +77,7 @@ def test_runs_shows_live_stage_errors_and_damage(show: Show, tmp_path: Path) -> 
     made.fill_store(tmp_path)
     at = show()
     text = words(at)
-    assert (at.progress[0].text, at.progress[0].value) == ("Training the adapter · stage 5 of 11", 36)
+    assert (at.progress[0].text, at.progress[0].value) == ("Training the adapter · stage 6 of 12", 41)
     assert "data.jsonl:7: a conversation must end with the assistant, found" in text
     assert f"The manifest of run {made.CORRUPT} cannot be read" in text
 
@@ -143,7 +143,8 @@ def test_run_shows_verdict_reason_and_all_numbers(show: Show, tmp_path: Path) ->
     assert "Registered in Ollama at http://127.0.0.1:11434 as quickstart." in text
     assert "ollama run quickstart" in text
     assert "dataset,↺ reused,0.1 s" in text
-    assert "train,✓ computed,1 min 12 s" in text
+    assert "train,✓ computed,1 min 29 s" in text
+    assert "✓ passed,critical,the end is learned" in text
     assert "learning_rate: 0.001" in text
     assert "教小模型用中文回答" in text
     assert "torch,2.13.0+cpu" in text
@@ -161,7 +162,7 @@ def test_run_shows_verdict_reason_and_all_numbers(show: Show, tmp_path: Path) ->
         (
             made.RUNNING,
             ":blue[:material/hourglass_top: Running]",
-            ["Training the adapter · stage 5 of 11", "train,▶ running", "If it was interrupted, start it again"],
+            ["Training the adapter · stage 6 of 12", "train,▶ running", "If it was interrupted, start it again"],
         ),
         (
             made.FAILED,
@@ -242,7 +243,7 @@ def test_a_run_that_goes_on_is_followed(show: Show, tmp_path: Path) -> None:
     made.fill_store(tmp_path)
     at = show(made.RUNNING)
     manifest = made.running()
-    manifest.stages = made.stages(5, "running")
+    manifest.stages = made.stages(6, "running")
     write_manifest(FileStore(tmp_path), manifest)
     st.cache_data.clear()  # what REFRESH_SECONDS do
-    assert at.run().progress[0].text == "Scoring the adapter · stage 6 of 11"
+    assert at.run().progress[0].text == "Scoring the adapter · stage 7 of 12"

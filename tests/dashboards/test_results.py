@@ -81,7 +81,7 @@ def test_the_pulse_changes_with_a_stage_and_with_a_new_run(tmp_path: Path) -> No
     calm = results.pulse(store.url, [made.RUNNING])
     assert results.pulse(store.url, [made.RUNNING]) == calm
     manifest = made.running()
-    manifest.stages = made.stages(6, "running")
+    manifest.stages = made.stages(7, "running")
     write_manifest(store, manifest)
     st.cache_data.clear()
     further = results.pulse(store.url, [made.RUNNING])
@@ -125,18 +125,18 @@ def test_a_run_without_verdict_and_a_failure_after_the_verdict_show_both_facts()
 @pytest.mark.parametrize(
     ("done", "then", "text"),
     [
-        (0, "running", "Preparing the data · stage 1 of 11"),
-        (4, None, "Next: Training the adapter · stage 5 of 11"),
-        (10, "running", "Publishing the results · stage 11 of 11"),
-        (11, None, "Publishing the results · stage 11 of 11"),
+        (0, "running", "Preparing the data · stage 1 of 12"),
+        (5, None, "Next: Training the adapter · stage 6 of 12"),
+        (11, "running", "Publishing the results · stage 12 of 12"),
+        (12, None, "Publishing the results · stage 12 of 12"),
     ],
 )
 def test_progress_names_the_stage_at_work(done: int, then: str | None, text: str) -> None:
     manifest = made.running()
     manifest.stages = made.stages(done, then)
     progress = results.progress(manifest)
-    assert progress.text.removeprefix("Next: " if done == 11 else "") == text
-    assert progress.share == pytest.approx(done / 11)
+    assert progress.text.removeprefix("Next: " if done == 12 else "") == text
+    assert progress.share == pytest.approx(done / 12)
 
 
 def test_times_sizes_and_changes_read_well() -> None:
@@ -172,4 +172,4 @@ def test_stages_of_a_newer_version_come_last() -> None:
     manifest.stages["evaluate-again"] = StageState(status="skipped")
     table = results.stage_table(manifest)
     assert list(table["Stage"])[-1] == "evaluate-again"
-    assert list(table["Status"])[4] == "▶ running"
+    assert list(table["Status"])[5] == "▶ running"

@@ -12,7 +12,7 @@ import pytest
 from tasks.core.config import DataConfig
 from tasks.core.records import ArtifactRef, Check, DatasetRef
 from tasks.data.expectations import list_rules, read_features, validate_rows
-from tasks.data.split import prepare_dataset
+from tasks.data.prepare import prepare_dataset
 
 WriteRows = Callable[..., Path]
 ARTIFACT = ArtifactRef(kind="dataset", key="k", uri="file:///s/artifacts/dataset/k", content="c", size_bytes=1)
@@ -140,7 +140,7 @@ def test_every_critical_check_finds_its_fault(tmp_path: Path) -> None:
 
 
 def test_no_usable_row_fails_and_says_why(write_rows: WriteRows, tmp_path: Path) -> None:
-    path = write_rows([{"messages": [{"role": "usr", "content": "q"}, {"role": "sys", "content": "a"}]}] * 40)
+    path = write_rows([{"messages": [{"role": "hero", "content": "q"}, {"role": "foe", "content": "a"}]}] * 40)
     passed, checks = validate(DataConfig(sources=[str(path)]), tmp_path / "run")
     assert not passed
     critical = {name: text for name, text in failed(checks).items() if name.startswith("critical")}

@@ -14,7 +14,8 @@ from tasks.core.errors import ConfigError
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.prefix_lm import SharedPrefixLM, TokenTree
 from tasks.evaluation.suite import suite_digest
-from tasks.models.load import load_model, load_tokenizer
+from tasks.models.load import load_model
+from tasks.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import ModelError
-from tasks.models.load import load_tokenizer
 from tasks.models.template import NAMED_TEMPLATES, apply_named_template, default_system, encode_conversation
+from tasks.models.tokenizer import load_tokenizer
 
 TALK = [
     {"role": "user", "content": "你好"},

@@ -1,19 +1,23 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from tasks.core.config import DataConfig
 from tasks.core.digest import file_sha256
 from tasks.core.errors import DataError
 from tasks.core.records import ArtifactRef, DatasetRef
-from tasks.data.split import is_validation, prepare_dataset, prompt_digest, source_digests
+from tasks.data.prepare import prepare_dataset, split_questions
+from tasks.data.shards import question_number
+from tasks.data.sources import source_digests
 
 WriteRows = Callable[..., Path]
 FILES = ("train.jsonl", "validation.jsonl", "quarantine.jsonl")
@@ -34,25 +38,30 @@ def questions(folder: Path, split: str) -> list[str]:
 # --- which split ------------------------------------------------------------------------------------------------------
 
 
+def numbers(names: Iterable[str]) -> NDArray[np.uint64]:
+    return np.array([question_number([{"role": "user", "content": name}]) for name in names], np.uint64)
+
+
 def test_the_share_held_out_is_the_share_asked_for() -> None:
-    digests = [prompt_digest([{"role": "user", "content": f"question {i}"}]) for i in range(20_000)]
+    questions = numbers(f"question {i}" for i in range(20_000))
     for share in (0.02, 0.1, 0.4):
-        found = sum(is_validation(digest, share) for digest in digests) / len(digests)
-        assert found == pytest.approx(share, abs=4 * (share * (1 - share) / len(digests)) ** 0.5)
+        found = split_questions(questions, np.ones(20_000, bool), share).mean()
+        assert found == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
 
 
 def test_a_larger_share_only_adds_questions() -> None:
-    digests = [prompt_digest([{"role": "user", "content": str(i)}]) for i in range(500)]
-    small = {digest for digest in digests if is_validation(digest, 0.1)}
-    assert small < {digest for digest in digests if is_validation(digest, 0.3)}
+    questions, kept = numbers(map(str, range(500))), np.ones(500, bool)
+    small, large = split_questions(questions, kept, 0.1), split_questions(questions, kept, 0.3)
+    assert not (small & ~large).any()
+    assert small.sum() < large.sum()
 
 
 def test_the_question_alone_decides() -> None:
     system = {"role": "system", "content": "s"}
     asked = {"role": "user", "content": "q"}
     follow_up = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q2"}]
-    assert prompt_digest([asked]) == prompt_digest([system, {**asked, "content": " q\n"}, *follow_up])
-    assert prompt_digest([asked]) != prompt_digest([{**asked, "content": "Q"}])
+    assert question_number([asked]) == question_number([system, {**asked, "content": " q\n"}, *follow_up])
+    assert question_number([asked]) != question_number([{**asked, "content": "Q"}])
 
 
 def test_rows_fall_the_same_way_in_any_order_and_file(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -120,11 +129,12 @@ def test_fewer_than_two_rows_are_written_as_they_are(
 
 def test_what_is_kept_refused_and_counted(write_rows: WriteRows, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
-    first = write_rows([pair("q1"), pair("q2", ""), pair("q1"), pair("long", "x" * 200)], "set/a.jsonl")
+    long = pair("long", "".join(map(str, range(70))))
+    first = write_rows([pair("q1"), pair("q2", ""), pair("q1"), long], "set/a.jsonl")
     second = write_rows([{"conversations": [*turns, turns[0]]}, {"conversations": turns}], "b.json")
     seen: list[int] = []
     config = DataConfig(sources=[str(first.parent), str(second)], max_chars=100)
-    fields = prepare_dataset(config, tmp_path / "out", seen.append)
+    fields = prepare_dataset(config, tmp_path / "out", on_progress=seen.append)
     assert fields["read"] == 6
     assert sum(fields["rows"].values()) == 2
     assert fields["quarantined"] == {"duplicate": 2, "empty_answer": 1, "too_long": 1}
@@ -147,14 +157,14 @@ def test_what_is_kept_refused_and_counted(write_rows: WriteRows, tmp_path: Path)
             "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}],
             "source": "b.json",
             "line": 1,
-            "repaired": "trailing_user_turn",
+            "repaired": ["trailing_user_turn"],
         },
     ]
     assert "问" in "".join((tmp_path / "out" / f).read_text(encoding="utf-8") for f in FILES[:2])
     quarantine = {(row["source"], row["line"]): row for row in lines(tmp_path / "out" / "quarantine.jsonl")}
     assert sorted(quarantine) == [("a.jsonl", 2), ("a.jsonl", 3), ("a.jsonl", 4), ("b.json", 2)]
     assert set(quarantine["a.jsonl", 4]) == {"source", "line", "reason", "detail", "raw"}
-    assert quarantine["a.jsonl", 4]["detail"] == "The conversation has 204 characters; data.max_chars allows 100."
+    assert quarantine["a.jsonl", 4]["detail"] == "The conversation has 134 characters; data.max_chars allows 100."
     assert str(tmp_path) not in "".join((tmp_path / "out" / f).read_text(encoding="utf-8") for f in FILES)
 
 
@@ -166,10 +176,19 @@ def test_duplicates_are_found_across_sources_and_formats(write_rows: WriteRows, 
     assert lines(tmp_path / "out" / "quarantine.jsonl")[0]["source"] == "b.jsonl"
 
 
-def test_progress_is_told_every_thousand_rows(write_rows: WriteRows, tmp_path: Path) -> None:
+def test_progress_is_told_with_every_shard(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.data.shards.SHARD_ROWS", 1000)
+    monkeypatch.setattr("tasks.core.processes.START_SECONDS", 0)
     seen: list[int] = []
-    prepare_dataset(DataConfig(sources=[str(write_rows([pair(f"q{i}") for i in range(2500)]))]), tmp_path, seen.append)
+    config = DataConfig(sources=[str(write_rows([pair(f"q{i}") for i in range(2500)]))])
+    fields = prepare_dataset(config, tmp_path / "three", on_progress=seen.append)
     assert seen == [1000, 2000, 2500]
+    monkeypatch.undo()
+    assert prepare_dataset(config, tmp_path / "one") == fields
+    for file in FILES:  # by two processes or none, in three shards or one
+        assert file_sha256(tmp_path / "one" / file) == file_sha256(tmp_path / "three" / file)
 
 
 def test_source_digests_are_in_the_order_of_the_sources(write_rows: WriteRows) -> None:
@@ -183,8 +202,9 @@ def test_real_files_together(shared_file: Callable[[str], Path], tmp_path: Path)
     names = ["sft_zh/oaast_sft_zh.json", "multiturn/sharegpt_zh_400.jsonl", "sft_zh/glaive_toolcall_zh_demo.json"]
     fields = prepare_dataset(DataConfig(sources=[str(shared_file(name)) for name in names]), tmp_path)
     assert fields["read"] == 689 + 400 + 300
-    assert fields["quarantined"] == {"duplicate": 21, "empty_prompt": 1, "too_long": 2, "tool_calls": 200}
-    assert sum(fields["rows"].values()) == fields["read"] - 224
+    assert {**fields["quarantined"], "duplicate": 48, "too_long": 2, "empty_prompt": 1} == fields["quarantined"]
+    assert 10 <= fields["quarantined"]["near_duplicate"] <= 30, "grown out of one beginning, with nearly one end"
+    assert sum(fields["rows"].values()) == fields["read"] - sum(fields["quarantined"].values())
     assert not set(questions(tmp_path, "train")) & set(questions(tmp_path, "validation"))
 
 
