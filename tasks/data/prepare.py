@@ -151,15 +151,15 @@ class _Table:
 
     @functools.cached_property
     def digests(self) -> NDArray[np.uint64]:
-        return np.concatenate([np.empty((0, 2), np.uint64), *self._parts["digests"]])
+        return np.concatenate([np.empty((0, 2), np.uint64), *self._parts.pop("digests")])
 
     @functools.cached_property
     def questions(self) -> NDArray[np.uint64]:
-        return np.concatenate([np.empty(0, np.uint64), *self._parts["questions"]])
+        return np.concatenate([np.empty(0, np.uint64), *self._parts.pop("questions")])
 
     @functools.cached_property
     def replay(self) -> NDArray[np.bool_]:
-        return np.concatenate([np.empty(0, bool), *self._parts["replay"]])
+        return np.concatenate([np.empty(0, bool), *self._parts.pop("replay")])
 
     @functools.cached_property
     def kept(self) -> NDArray[np.bool_]:

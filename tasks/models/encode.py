@@ -8,7 +8,7 @@ that a template may treat in a way of its own (they hold a string the template m
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from tasks.models.template import Example, Message, encode_conversation, render
 
 MARKS = tuple(f"\n\tturn {letter}{letter} says\t\n" for letter in "qwxz")
-PIECE_TEXTS = 256  # an Encoding has about 100 bytes per token: of thousands at once, memory would be the limit
 LITERAL = re.compile(r"""'((?:[^'\\]|\\.){3,})'|"((?:[^"\\]|\\.){3,})\"""")
 
 
@@ -200,7 +199,7 @@ class Encoder:
         """Return the rows' token sequences: one each, several where the template needs it or plain text is long."""
         joined = [self._joined(messages) for messages in rows]
         texts = [found[0] for found in joined if found is not None]
-        encodings = self._encodings(texts)
+        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         ids = array("I")
         lengths: list[int] = []
         owners: list[int] = []
@@ -236,11 +235,6 @@ class Encoder:
             np.array(owners, np.int64),
             np.ones(len(owners), np.int32),
         )
-
-    def _encodings(self, texts: list[str]) -> Iterator[Any]:
-        for start in range(0, len(texts), PIECE_TEXTS):
-            piece = texts[start : start + PIECE_TEXTS]
-            yield from self.tokenizer.backend_tokenizer.encode_batch(piece, add_special_tokens=False)
 
     def _joined(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]] | None:
         if messages[0]["role"] == "text":
@@ -284,17 +278,20 @@ def write_examples(parts: Iterable[Examples], path: Path) -> Examples:
             tokens += len(part.ids)
             sequences += len(part)
     columns["starts"].append(np.array([tokens], np.int64))
-    arrays = {name: np.concatenate(found) for name, found in columns.items()}
+    arrays = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
     np.savez(path.with_suffix(".npz"), allow_pickle=False, **arrays)
-    return read_examples(path)
+    return Examples(_map_ids(path, tokens), **arrays)
 
 
 def read_examples(path: Path) -> Examples:
     """Return what write_examples wrote; the ids stay on disk until they are looked at."""
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
         arrays = {name: file[name] for name in ("starts", "spans", "rows", "lines", "times")}
-    ids = np.memmap(path.with_suffix(".ids"), "<u4", "r") if arrays["starts"][-1] else np.empty(0, np.uint32)
-    return Examples(ids=ids, **arrays)
+    return Examples(_map_ids(path, arrays["starts"][-1]), **arrays)
+
+
+def _map_ids(path: Path, tokens: int) -> NDArray[np.uint32]:
+    return np.memmap(path.with_suffix(".ids"), "<u4", "r") if tokens else np.empty(0, np.uint32)
 
 
 def read_ids(path: Path, start: int, stop: int) -> NDArray[np.uint32]:

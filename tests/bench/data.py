@@ -50,16 +50,18 @@ def prepare(rows: Path, count: int, base: Path, work: Path, data: Path) -> dict[
     for folder in folders:
         folder.mkdir()
     seconds: dict[str, float] = {}
-    with timed(seconds, "prepare"):
+    cpu_seconds: dict[str, float] = {}
+    with timed(seconds, cpu_seconds, "prepare"):
         fields = prepare_dataset(config, folders[0], index_items(read_items(data)), show_progress)
     made = ArtifactRef(kind="dataset", key="-", uri="-", content="-", size_bytes=0)
     record = DatasetRef(artifact=made, **fields)
-    with timed(seconds, "validate"):
+    with timed(seconds, cpu_seconds, "validate"):
         passed, _ = validate_rows(folders[0], record, config, folders[1])
-    with timed(seconds, "tokenise"):
+    with timed(seconds, cpu_seconds, "tokenise"):
         tokens = tokenise_dataset(folders[0], record, base, "auto", MAX_TOKENS, config.min_rows, folders[2])
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "passed": passed and tokens["passed"],
         "sequences": sum(tokens["sequences"].values()),
         "tokens": sum(tokens["tokens"].values()),
@@ -68,11 +70,17 @@ def prepare(rows: Path, count: int, base: Path, work: Path, data: Path) -> dict[
 
 
 @contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
+def timed(seconds: dict[str, float], cpu_seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note what passes on the clock, and what this process and the children it waited for compute."""
+    started, computed = time.monotonic(), cpu_time()
     yield
-    seconds[name] = time.monotonic() - started
-    print(f"{name}: {seconds[name]:.1f} s", file=sys.stderr)
+    seconds[name], cpu_seconds[name] = time.monotonic() - started, cpu_time() - computed
+    print(f"{name}: {seconds[name]:.1f} s, {cpu_seconds[name]:.1f} s of CPU", file=sys.stderr)
+
+
+def cpu_time() -> float:
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def show_progress(rows: int) -> None:
@@ -88,11 +96,11 @@ def encode_ours(rows: Path, base: Path) -> dict[str, Any]:
     from tasks.models.tokenizer import load_tokenizer
 
     encoder = Encoder(load_tokenizer(base, "auto"))
-    started = time.monotonic()
+    started, computed = time.monotonic(), cpu_time()
     tokens = 0
     for part, _ in map_processes(encode_lines, read_chunks(rows), encoder, MAX_TOKENS):
         tokens += len(part.ids)
-    return {"seconds": time.monotonic() - started, "tokens": tokens}
+    return {"seconds": time.monotonic() - started, "cpu_seconds": cpu_time() - computed, "tokens": tokens}
 
 
 def encode_peer(rows: Path, base: Path) -> dict[str, Any]:
@@ -103,18 +111,19 @@ def encode_peer(rows: Path, base: Path) -> dict[str, Any]:
 
     encoder = Encoder(load_tokenizer(base, "auto"))
     assert encoder.text is not None
-    seconds, tokens = 0.0, 0
+    seconds, cpu_seconds, tokens = 0.0, 0.0, 0
     for chunk in read_chunks(rows):
         joined = [encoder.text.join(json.loads(line)["messages"]) for line in chunk.splitlines()]
         texts = [found[0] for found in joined if found is not None]
         for start in range(0, len(texts), BATCH_TEXTS):
-            started = time.monotonic()
+            started, computed = time.monotonic(), cpu_time()
             found = encoder.tokenizer.backend_tokenizer.encode_batch(
                 texts[start : start + BATCH_TEXTS], add_special_tokens=False
             )
             seconds += time.monotonic() - started
+            cpu_seconds += cpu_time() - computed
             tokens += sum(map(len, found))
-    return {"seconds": seconds, "tokens": tokens}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens}
 
 
 PARTS = {
@@ -128,12 +137,11 @@ PARTS = {
 
 
 def run(command: list[Any], log: Path, **environment: str) -> dict[str, Any]:
-    """Return the JSON that a process ends its output with, with `peak_mib`, the most memory that it and its children
-    had, and `cpu_seconds`, what all of them computed, which says whether something else kept the cores busy."""
+    """Return the JSON that a process ends its output with, and `peak_mib`, the most memory it and its children had."""
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | environment
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with log.open("w+", encoding="utf-8") as output:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=variables, stdout=output)
+        errors = None if command[0] == sys.executable else subprocess.STDOUT  # ours tells its progress there
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=variables, stdout=output, stderr=errors)
         peak = [0.0]
         watch = threading.Thread(target=watch_memory, args=(process, peak))
         watch.start()
@@ -142,10 +150,9 @@ def run(command: list[Any], log: Path, **environment: str) -> dict[str, Any]:
         output.seek(0)
         lines = output.read().splitlines()
     if code:
-        raise SystemExit(f"{' '.join(map(str, command[:3]))} ... ended with code {code}; its output is above.")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return json.loads(lines[-1]) | {"peak_mib": round(peak[0]), "cpu_seconds": round(cpu_seconds, 1)}
+        raise SystemExit("\n".join([*lines[-20:], f"{' '.join(map(str, command[:4]))} ... ended with code {code}."]))
+    found = next(line for line in reversed(lines) if line.startswith("{"))  # libraries may warn after it
+    return json.loads(found) | {"peak_mib": round(peak[0])}
 
 
 def run_part(name: str, log: Path, *arguments: Any, **environment: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 nothing of this project is imported. No model is loaded."""
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -38,11 +39,16 @@ def preprocess(rows: Path, base: str, work: Path, workers: int, max_tokens: int)
     model, data, training, _, _ = get_train_args(options)
     tokenizer = load_tokenizer(model)
     template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data)
-    started = time.monotonic()
+    started, computed = time.monotonic(), cpu_time()
     found = get_dataset(template, model, data, training, stage="sft", **tokenizer)["train_dataset"]
-    seconds = time.monotonic() - started
+    times = {"seconds": time.monotonic() - started, "cpu_seconds": cpu_time() - computed}
     tokens = pc.sum(pc.list_value_length(found.data.column("input_ids"))).as_py()
-    return {"seconds": seconds, "sequences": len(found), "tokens": tokens}
+    return {**times, "sequences": len(found), "tokens": tokens}
+
+
+def cpu_time() -> float:
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 if __name__ == "__main__":

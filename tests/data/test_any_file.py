@@ -615,6 +615,12 @@ def test_members_that_zipfile_does_not_read(tmp_path: Path) -> None:
     assert message_of(path).startswith("a.zip: not a readable zip archive: 'utf-8' codec can't decode byte 0xff")
 
     data = zip_of_one()
+    data[data.rindex(b"PK\x01\x02") + 28] = 0  # a member without a name, whose letters are then a comment
+    data[data.rindex(b"PK\x01\x02") + 32] = len(name) + len(".jsonl")
+    path.write_bytes(data)
+    assert message_of(path) == "a.zip: not a readable zip archive: string index out of range. Make it anew."
+
+    data = zip_of_one()
     end = data.rindex(b"PK\x05\x06")
     data[end + 16 : end + 20] = struct.pack("<L", end + 1000)  # all else then begins before the file does
     path.write_bytes(data)
