@@ -243,6 +243,6 @@ class _Table:
 
     def _refusal(self, line: bytes, reason: str, earlier: int) -> bytes:
         row = json.loads(line)
-        how = "word for word" if reason == "duplicate" else "nearly"
-        detail = f"The same conversation came before {how}, at {self.place(earlier)}."
+        what = "The same" if reason == "duplicate" else "Nearly the same"
+        detail = f"{what} text came before, at {self.place(earlier)}."
         return rejected_line(Rejected(row["source"], row["line"], reason, detail, excerpt(row["messages"]))).encode()

@@ -581,7 +581,7 @@ def test_names_out_of_a_file_are_shown_short_and_in_one_line(tmp_path: Path) -> 
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         archive.writestr("a\n\x1b[31m.json", json.dumps([ROW, ROW]))
     assert quarantine_of(tmp_path / "d.zip") == [
-        (2, "duplicate", r"The same conversation came before word for word, at d.zip/a \x1b[31m.json:1.")
+        (2, "duplicate", r"The same text came before, at d.zip/a \x1b[31m.json:1.")
     ]
 
 
