@@ -18,13 +18,15 @@ from typing import IO, Any, Literal
 from tasks.core.config import DataConfig, DataSections, ModelConfig, Recipe, load_recipe, load_sections
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.records import ArtifactRef, DatasetRef
-from tasks.data.clean import CLEANERS, clean_row
+from tasks.data.clean import clean_row
 from tasks.data.expectations import validate_rows
 from tasks.data.formats import Rejected, Row, fill_placeholders, to_format
 from tasks.data.leakage import ItemIndex, index_items
 from tasks.data.prepare import Job, clean_here, prepare_dataset
+from tasks.data.reasons import REASONS
 from tasks.data.shards import CleanShard, Origin, clean_shard, write_shard
 from tasks.data.sources import read_files, read_rows
+from tasks.models.base import locate_tokenizer
 
 Say = Callable[[str], None]
 ROWS_AT_ONCE = 64
@@ -62,7 +64,10 @@ def check_data(sections: Recipe | DataSections, folder: Path, say: Say) -> dict[
 
     items, notes = _index_evaluation(sections)
     with tempfile.TemporaryDirectory(prefix="forgetless-") as scratch:
-        base = locate_tokenizer(sections.model, Path(scratch), say) if sections.model else None
+        base = None
+        if sections.model:
+            say("Reading the tokenizer")
+            base = locate_tokenizer(sections.model, Path(scratch))
         say("Reading and cleaning")
         fields = prepare_dataset(sections.data, folder, items, lambda rows: say(f"Cleaned {rows:,} rows"), watch)
         nowhere = ArtifactRef(kind="dataset", key="", uri=folder.absolute().as_uri(), content="", size_bytes=0)
@@ -142,12 +147,12 @@ class Refusals:
         self.first.setdefault(row.reason, row)
 
     def found(self) -> list[dict[str, Any]]:
-        """Return the reasons, the commonest first: how many rows, what cleaning means by it, and the first row."""
+        """Return the reasons, the commonest first: how many rows, what it means, and the first row."""
         return [
             {
                 "reason": reason,
                 "rows": rows,
-                "meaning": CLEANERS.get(reason, ""),
+                "meaning": REASONS[reason],
                 "first": f"{self.first[reason].source}:{self.first[reason].line}",
                 "detail": self.first[reason].detail,
             }
@@ -209,25 +214,12 @@ def see_as_model(encoder: Any, rows: list[dict[str, Any]], max_tokens: int) -> l
 def open_encoder(model: ModelConfig, say: Say) -> Any:
     """Return the Encoder of a base with its chat template. Raises ModelError."""
     with tempfile.TemporaryDirectory(prefix="forgetless-") as scratch:
-        folder = locate_tokenizer(model, Path(scratch), say)
+        say("Reading the tokenizer")
+        folder = locate_tokenizer(model, Path(scratch))
         from tasks.models.encode import Encoder
         from tasks.models.tokenizer import load_tokenizer
 
         return Encoder(load_tokenizer(folder, model.template.value))
-
-
-def locate_tokenizer(model: ModelConfig, scratch: Path, say: Say) -> Path:
-    """Return the folder of a base's tokenizer, which for a GGUF file is written into `scratch`. Raises ModelError."""
-    from tasks.models.base import locate_base
-
-    say("Reading the tokenizer")
-    source = locate_base(model)
-    if source.kind != "gguf":
-        return source.path
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(source.path.parent, gguf_file=source.path.name).save_pretrained(scratch)
-    return scratch
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------

@@ -269,9 +269,8 @@ def show_check(check: dict[str, Any]) -> None:
     facts = Table.grid(padding=(0, 2))
     for r in check["quarantined"]:
         first = Text(f"first {r['first']}: {visible(r['detail'])}", "dim")
-        facts.add_row(f"{r['rows']:>6,}", Text(r["reason"], "yellow"), r["meaning"] or first)
-        if r["meaning"]:
-            facts.add_row("", "", first)
+        facts.add_row(f"{r['rows']:>6,}", Text(r["reason"], "yellow"), r["meaning"])
+        facts.add_row("", "", first)
     if check["quarantined"]:
         console.print("\n[bold]Quarantined[/]", facts, sep="\n")
     if check["repaired"]:

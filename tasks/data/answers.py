@@ -16,7 +16,7 @@ from tasks.core.errors import ConfigError
 
 Turns = list[dict[str, str]]
 Objection = tuple[str, str]
-"""A reason of clean.py's CLEANERS, and a sentence."""
+"""A reason of reasons.CLEANING, and a sentence."""
 
 LEARNED = ("assistant", "text")
 

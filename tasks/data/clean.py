@@ -27,23 +27,13 @@ MENDERS = {
     "simplified": "traditional characters became simplified ones",
     "personal_data": "phone, e-mail, ID or card numbers were masked",
 }
-CLEANERS = {
-    "personal_data": "a phone, e-mail, ID or card number (data.clean.personal_data: quarantine)",
-    "empty_prompt": "a prompt is empty, or nothing was left of it once it was mended",
-    "short_answer": "no answer is as long as data.clean.min_answer_chars",
-    "copied_prompt": "an answer only repeats its prompt",
-    "repetitive": "an answer says the same again and again",
-    "refusal": "the answers only refuse",
-    "other_identity": "an answer says it is another maker's assistant",
-    "wrong_language": "the answers are in a language that data.clean.languages does not name",
-}
 Turns = list[dict[str, str]]
 ROUNDS = 8  # one mend can uncover another (an entity that stood for a full-width letter); two rounds do nearly always
 
 
 def clean_row(row: Row, config: CleanConfig) -> Row | Rejected:
     """Return the row with its text mended and the steps that changed it in `repaired`, or Rejected with a reason of
-    CLEANERS. Cleaning a cleaned row changes nothing. Raises ConfigError where a step's package is absent."""
+    reasons.CLEANING. Cleaning a cleaned row changes nothing. Raises ConfigError where a step's package is absent."""
     turns, repaired = _mend(row.messages, config)
     if "personal_data" in repaired and config.personal_data == "quarantine":
         detail = "The row holds a phone, e-mail, ID or card number, which data.clean.personal_data quarantines."

@@ -59,9 +59,24 @@ UNTRAINABLE = {
     "preference": "preference pairs (a chosen and a rejected answer), which supervised fine-tuning cannot use. "
     "Expected one answer per row: keep the chosen one, as output or as the last assistant message, or set data.sources "
     "preference: chosen.",
-    "choices": "multiple-choice items, whose answers mean nothing without the options. Expected answers in words: "
-    "evaluate on the items as a task, or name the two columns to train on in data.sources columns.",
+    "choices": "evaluation items (options to choose from, or endings to predict), which are no conversations. Evaluate "
+    "on them as a task (eval.capabilities), or name the two columns to train on in data.sources columns.",
 }
+# Keys of evaluation items: a row that has all of one line.
+ITEM_KEYS = (
+    {"choices"},  # ARC, HellaSwag, BoolQ and OpenBookQA as they are most often written
+    {"A", "B", "C", "D"},  # C-Eval, CMMLU
+    {"ctx", "endings"},  # HellaSwag
+    {"goal", "sol1", "sol2"},  # PIQA
+    {"premise", "choice1", "choice2"},  # COPA, XCOPA
+    {"sentence", "option1", "option2"},  # WinoGrande
+    {"context_options", "continuation"},  # WinoGrande with its options filled in
+    {"context", "continuation"},  # LAMBADA
+    {"sentence_good", "sentence_bad"},  # BLiMP
+    {"question", "mc1_targets"},  # TruthfulQA
+    {"Question", "Best Answer", "Incorrect Answers"},  # TruthfulQA's table
+)
+LETTERS = ("A", "B", "C", "D")
 PLACEHOLDER = re.compile(r"\{\{([^{}]+)\}\}")
 
 
@@ -209,7 +224,7 @@ def _told_format(record: dict[str, Any], named: Fields) -> str | None:
 
 
 def _plain_format(record: dict[str, Any], named: Fields) -> str | None:
-    if "choices" in record or {"A", "B", "C", "D"} <= record.keys():
+    if any(keys <= record.keys() for keys in ITEM_KEYS) or _is_mmlu(record):
         return "choices"
     if _pair_of(record):
         return "pairs"
@@ -217,6 +232,12 @@ def _plain_format(record: dict[str, Any], named: Fields) -> str | None:
         return "text"
     key = _turns_key(record, named)
     return _turns_format(record, key) if key else None
+
+
+def _is_mmlu(record: dict[str, Any]) -> bool:
+    """Return whether a row is of MMLU's tables: question, four options and a letter, of which the first row was taken
+    for the names of columns."""
+    return len(record) == 6 and next(reversed(record)) in LETTERS and next(reversed(record.values())) in LETTERS
 
 
 def _is_preference(record: dict[str, Any]) -> bool:

@@ -48,7 +48,8 @@ def tokenise_dataset(
     ModelError where the template cannot be masked."""
     import pandas as pd
 
-    encoder = Encoder(load_tokenizer(base, template))
+    sample = _spread_rows(dataset / "train.jsonl", PROVED_ROWS)
+    encoder = Encoder(load_tokenizer(base, template), [row["messages"] for row in sample])
     too_long = dict.fromkeys(SPLITS, 0)
 
     def encoded(split: str) -> Iterator[Examples]:
@@ -59,14 +60,14 @@ def tokenise_dataset(
             yield part
 
     examples = {split: write_examples(encoded(split), out / split) for split in SPLITS}
-    sample = _first_rows(dataset / "train.jsonl", PROVED_ROWS)
     features = _features(examples, encoder, out)
     dropped = sum(too_long.values()) / max(1, sum(record.rows.values()))
     facts = pd.DataFrame({"differing": [_differing(encoder, sample, max_tokens)], "too_long_share": [dropped]})
     frames = {"rows": features, "dataset": facts}
     rules = list_rules(features, too_long, min_rows, max_tokens)
     passed, checks = judge(frames, rules, lambda at: _place(features, at), out, "Tokenised rows")
-    (out / "sample.html").write_text(show_sample(encoder, sample[:SAMPLE_ROWS], max_tokens), encoding="utf-8")
+    page = show_sample(encoder, sample[:: max(1, len(sample) // SAMPLE_ROWS)][:SAMPLE_ROWS], max_tokens)
+    (out / "sample.html").write_text(page, encoding="utf-8")
     return {
         "passed": passed,
         "checks": [check.model_dump() for check in checks],
@@ -91,14 +92,17 @@ def encode_lines(lines: bytes, encoder: Encoder, max_tokens: int) -> tuple[Examp
     return encoded.only(fits), int((~fits).sum())
 
 
-def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            rows.append(json.loads(line))
-            if len(rows) == count:
-                break
-    return rows
+def _spread_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return at most `count` rows from all over a file, the first among them."""
+    with path.open("rb") as file:
+        step = max(1, path.stat().st_size // count)
+        rows: list[bytes] = []
+        while len(rows) < count and (line := file.readline()):
+            rows.append(line)
+            if (ahead := len(rows) * step - 1) > file.tell():
+                file.seek(ahead)
+                file.readline()  # the rest of a row; the next begins after it
+    return list(map(json.loads, rows))
 
 
 def _features(examples: dict[str, Examples], encoder: Encoder, out: Path) -> "pd.DataFrame":
@@ -201,7 +205,7 @@ def list_rules(rows: "pd.DataFrame", too_long: dict[str, int], min_rows: int, ma
             "critical",
             "The template itself gives the same tokens, and no prompt token is learned",
             {"column": "differing", "value_set": [0]},
-            lambda _: f"compared on the first {PROVED_ROWS} rows",
+            lambda _: f"compared on up to {PROVED_ROWS} rows from all over the file",
         ),
         Rule(
             "dataset",
@@ -249,7 +253,7 @@ pre {{ border: 1px solid #8884; border-radius: 6px }}
 mark {{ background: light-dark(#c9efd8, #14532d); color: inherit; border-radius: 2px }}
 </style></head><body>
 <h1>Rows as they are learned</h1>
-<p>What the model sees of the first rows. <mark>Coloured</mark> tokens are learned, the end of a turn included; the rest
+<p>What the model sees of some rows. <mark>Coloured</mark> tokens are learned, the end of a turn included; the rest
 is the prompt.</p>
 {"".join(parts)}
 </body></html>

@@ -19,7 +19,8 @@ from tasks.core.records import BaseRef
 from tasks.core.store import Store
 
 POINTER = "base.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja", "README.md"]
+TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.txt", "*.jinja", "README.md"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,46 @@ class BaseSource:
 
 def locate_base(config: ModelConfig) -> BaseSource:
     """Return where the base is, downloading a Hub id that is not cached. Raises ModelError, saying what to do."""
-    name = config.base
-    if name.startswith("package:"):
-        return _gguf(_packaged_file(name))
-    path = Path(name)
+    path = _local_path(config.base)
+    if path is None:
+        path, commit = _hub_folder(config.base, config.revision, HUB_FILES)
+        return BaseSource("hub", path, f"hub:{config.base}@{commit}", commit)
     if path.suffix == ".gguf":
         return _gguf(path)
+    return BaseSource("folder", path, _folder_content(path))
+
+
+def locate_tokenizer(config: ModelConfig, scratch: Path) -> Path:
+    """Return the folder of the base's tokenizer, without its weights; a GGUF file's is written into `scratch`. Raises
+    ModelError."""
+    path = _local_path(config.base)
+    if path is None:
+        return _hub_folder(config.base, config.revision, TOKENIZER_FILES)[0]
+    if path.suffix != ".gguf":
+        return path
+    from tasks.models.tokenizer import write_gguf_tokenizer
+
+    write_gguf_tokenizer(path, scratch)
+    return scratch
+
+
+def _local_path(name: str) -> Path | None:
+    """Return the folder or .gguf file that a base's name stands for, None for a Hub id. Raises ModelError where there
+    is neither."""
+    path = _packaged_file(name) if name.startswith("package:") else Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"The base model {path} is not there: expected a .gguf file.")
+        return path
     if path.is_absolute():
         if not path.is_dir():
             raise ModelError(
                 f"The base model {path} is not there: expected a folder with config.json, or a .gguf file."
             )
-        return BaseSource("folder", path, _folder_content(path))
+        return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(f"model.base {name!r} is neither a Hub id (owner/name), a folder nor a .gguf file.")
-    path, commit = _hub_folder(name, config.revision)
-    return BaseSource("hub", path, f"hub:{name}@{commit}", commit)
+    return None
 
 
 def _packaged_file(name: str) -> Path:
@@ -65,8 +90,6 @@ def _packaged_file(name: str) -> Path:
 
 
 def _gguf(path: Path) -> BaseSource:
-    if not path.is_file():
-        raise ModelError(f"The base model {path} is not there: expected a .gguf file.")
     facts = path.stat()
     return BaseSource("gguf", path, _whole_gguf(path, facts.st_size, facts.st_mtime_ns))
 
@@ -117,7 +140,7 @@ def _folder_content(folder: Path) -> str:
     return content_digest({p.name: _unchanged_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in names})
 
 
-def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
+def _hub_folder(name: str, revision: str | None, files: list[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -128,7 +151,7 @@ def _hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError:
         raise ModelError(
             f"The base model {name} is gated: accept its licence on its Hub page, then log in with: hf auth login"

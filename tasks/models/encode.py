@@ -3,19 +3,22 @@
 A chat template is a Jinja program, which costs more to run than the tokenizer. Most only put fixed text around what a
 turn says: that text is found once, by rendering a few marked conversations, and then joined directly. Conversations
 that a template may treat in a way of its own (they hold a string the template mentions) are still rendered by it.
+Byte-level tokenizers are run by their fast twin (byte_level.py).
 """
 
 import itertools
+import pickle
 import re
-from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.models.byte_level import FastTokenizer, Spans, prove_fast
 from tasks.models.template import Example, Message, encode_conversation, render
 
 MARKS = tuple(f"\n\tturn {letter}{letter} says\t\n" for letter in "qwxz")
@@ -39,7 +42,7 @@ class TurnText:
     literals: tuple[str, ...]
     """Strings the template mentions: who says one of these is rendered by the template itself."""
 
-    def join(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]] | None:
+    def join(self, messages: list[Message]) -> tuple[str, Spans] | None:
         """Return the conversation's text and where in it the answers are, or None where the template has to say."""
         says = [self._stripped(m) for m in messages]
         whole = "\n".join(says)
@@ -168,23 +171,47 @@ class Examples:
         return Examples(ids, starts, spans, self.rows[which], self.lines[which], self.times[which])
 
 
-@dataclass
 class Encoder:
-    """Encodes conversations by a tokenizer in transformers' format. Threads of `encode_batch` use every core, unless
+    """Encodes conversations by a tokenizer in transformers' format, and can be sent to another process, where that
+    library is imported only for rows that the template must render. Threads of the tokenizer use every core, unless
     the environment's TOKENIZERS_PARALLELISM says otherwise."""
 
-    tokenizer: Any
-    text: TurnText | None = field(init=False)
-    end_ids: NDArray[np.uint32] = field(init=False)
-    """The special tokens the template ends an answer with; the tokenizer's own end where it uses none."""
-
-    def __post_init__(self) -> None:
-        self.text = read_template(self.tokenizer)
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+    def __init__(self, tokenizer: Any, sample: list[list[Message]] | None = None) -> None:
+        """The fast twin is used if it gives the tokenizer's own ids on `sample` too."""
+        self.tokenizer = tokenizer
+        self.text = read_template(tokenizer)
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         talk = [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": MARKS[1]}]
-        end = render(self.tokenizer, talk).rpartition(MARKS[1].strip())[2]
-        ids = [i for i in self.tokenizer(end, add_special_tokens=False)["input_ids"] if i in special]
-        self.end_ids = np.array(ids or [self.tokenizer.eos_token_id], np.uint32)
+        end = render(tokenizer, talk).rpartition(MARKS[1].strip())[2]
+        ids = [i for i in tokenizer(end, add_special_tokens=False)["input_ids"] if i in special]
+        self.eos_id = tokenizer.eos_token_id
+        self.end_ids = np.array(ids or [self.eos_id], np.uint32)
+        """The special tokens the template ends an answer with; the tokenizer's own end where it uses none."""
+        texts = [found[0] for messages in sample or [] if (found := self._joined(messages))]
+        self.fast = prove_fast(self.backend, texts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("tokenizer", "backend", "fast")
+        kept = {name: value for name, value in vars(self).items() if name not in left_out}
+        packed = {"_packed": pickle.dumps(self.tokenizer), "_settings": self.backend.to_str()}
+        return {**kept, **packed, "_has_fast": self.fast is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.fast = FastTokenizer(state["_settings"]) if state["_has_fast"] else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return pickle.loads(vars(self)["_packed"])  # our own: __getstate__ made it
+
+    @cached_property
+    def backend(self) -> Any:
+        """The tokenizer in the library tokenizers' format."""
+        if "_settings" not in vars(self):
+            return self.tokenizer.backend_tokenizer
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(vars(self)["_settings"])
 
     def pieces(self, example: Example) -> list[tuple[str, bool]]:
         """Return the text of a sequence in stretches that are learned or not."""
@@ -198,37 +225,35 @@ class Encoder:
     def encode(self, rows: list[list[Message]], max_text_tokens: int) -> Examples:
         """Return the rows' token sequences: one each, several where the template needs it or plain text is long."""
         joined = [self._joined(messages) for messages in rows]
-        texts = [found[0] for found in joined if found is not None]
-        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-        ids = array("I")
+        encoded = self._encode_texts([found for found in joined if found is not None])
+        ids: list[NDArray[np.uint32]] = [np.empty(0, np.uint32)]
         lengths: list[int] = []
         owners: list[int] = []
         spans: list[tuple[int, int, int]] = []
+
+        def add(row: int, length: int, marked: Spans) -> None:
+            spans.extend((len(lengths), first, last) for first, last in marked)
+            lengths.append(length)
+            owners.append(row)
+
         for row, found in enumerate(joined):
             if found is None:
                 for example in encode_conversation(self.tokenizer, rows[row]):
-                    spans += [(len(lengths), a, b) for a, b in _stretches(example)]
-                    ids.extend(example.ids)
-                    lengths.append(len(example.ids))
-                    owners.append(row)
+                    ids.append(np.array(example.ids, np.uint32))
+                    add(row, len(example.ids), _stretches(example))
                 continue
-            encoding = next(encodings)
-            tokens = encoding.ids
+            tokens, marked = next(encoded)
+            ids.append(tokens)
             if rows[row][0]["role"] == "text":
-                tokens.append(self.tokenizer.eos_token_id)
-                ids.extend(tokens)
-                for start in range(0, len(tokens), max_text_tokens):
-                    length = min(max_text_tokens, len(tokens) - start)
-                    spans.append((len(lengths), 0, length))
-                    lengths.append(length)
-                    owners.append(row)
-                continue
-            spans += [(len(lengths), *_tokens_of(encoding, begin, end)) for begin, end in found[1]]
-            ids.extend(tokens)
-            lengths.append(len(tokens))
-            owners.append(row)
+                ids.append(np.array([self.eos_id], np.uint32))
+                total = len(tokens) + 1
+                for start in range(0, total, max_text_tokens):
+                    length = min(max_text_tokens, total - start)
+                    add(row, length, [(0, length)])
+            else:
+                add(row, len(tokens), marked)
         return Examples(
-            np.frombuffer(ids, np.uint32),
+            np.concatenate(ids),
             np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
             np.array(spans, np.int64).reshape(-1, 3),
             np.array(owners, np.int64),
@@ -236,7 +261,24 @@ class Encoder:
             np.ones(len(owners), np.int32),
         )
 
-    def _joined(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]] | None:
+    def _encode_texts(self, joined: list[tuple[str, Spans]]) -> Iterator[tuple[NDArray[np.uint32], Spans]]:
+        """Yield each text's ids, and which tokens its spans of characters are."""
+        texts = [text for text, _ in joined]
+        found = self.fast.encode(texts, [spans for _, spans in joined]) if self.fast else [None] * len(texts)
+        left = iter(
+            self.backend.encode_batch(
+                [text for text, known in zip(texts, found, strict=True) if known is None], add_special_tokens=False
+            )
+            if None in found
+            else []
+        )
+        for known, (_, spans) in zip(found, joined, strict=True):
+            if known is None:
+                encoding = next(left)
+                known = np.array(encoding.ids, np.uint32), [_tokens_of(encoding, *span) for span in spans]
+            yield known
+
+    def _joined(self, messages: list[Message]) -> tuple[str, Spans] | None:
         if messages[0]["role"] == "text":
             return messages[0]["content"], []
         return self.text.join(messages) if self.text else None
@@ -253,7 +295,7 @@ def _tokens_of(encoding: Any, begin: int, end: int) -> tuple[int, int]:
     return (first, last + 1) if first is not None and last is not None else (0, 0)
 
 
-def _stretches(example: Example) -> list[tuple[int, int]]:
+def _stretches(example: Example) -> Spans:
     marked = np.flatnonzero(np.diff(np.array([0, *example.supervised, 0], np.int8)))
     return [(int(a), int(b)) for a, b in marked.reshape(-1, 2)]
 

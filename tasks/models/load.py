@@ -1,15 +1,12 @@
 """Models in memory: loaded in the precision this device does well, quantised for training, merged as shipped."""
 
 import contextlib
-import functools
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 import transformers
 from peft import PeftModel
@@ -18,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from tasks.core.config import ModelConfig
 from tasks.core.errors import ModelError
 from tasks.core.hardware import resolve_dtype
-from tasks.models.tokenizer import load_tokenizer
+from tasks.models.tokenizer import load_tokenizer, parse_gguf_once
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -38,7 +35,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dequantise_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer as a Hugging Face folder in float32, which holds every value exactly."""
     try:
-        with _parse_gguf_once():
+        with parse_gguf_once():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
@@ -54,21 +51,6 @@ def dequantise_gguf(path: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _parse_gguf_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file's header once: it does so three times (4 s each for 49,152 tokens), and makes
-    the same table of tensor names anew for every module (another 5 s)."""
-    names = ("GGUFReader", "get_tensor_name_map")
-    originals = {name: getattr(gguf, name) for name in names}
-    for name, original in originals.items():
-        setattr(gguf, name, functools.cache(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(gguf, name, original)
 
 
 def describe_model(folder: Path, config: ModelConfig) -> dict[str, Any]:

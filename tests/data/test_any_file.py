@@ -25,6 +25,7 @@ from tasks.core.errors import DataError
 from tasks.data.formats import Row
 from tasks.data.leakage import ItemIndex
 from tasks.data.prepare import SPLITS, Job, prepare_dataset
+from tasks.data.reasons import REASONS
 from tasks.data.shards import CleanShard, clean_shard
 from tasks.data.sources import read_rows
 
@@ -63,6 +64,7 @@ def prepare(path: Path, **options: Any) -> tuple[list[dict[str, Any]], list[dict
     quarantine = lines_of(out / "quarantine.jsonl")
     assert fields["read"] == len(kept) + len(quarantine) > 0, "a row was lost"
     assert fields["quarantined"] == Counter(row["reason"] for row in quarantine)
+    assert fields["quarantined"].keys() <= REASONS.keys()
     assert fields["rows"].keys() == set(SPLITS) and sum(fields["rows"].values()) == len(kept)
     for row in [*kept, *quarantine]:
         assert row["source"].partition("/")[0] == path.name

@@ -420,10 +420,13 @@ def test_a_chosen_answer_keeps_what_stands_before_it() -> None:
     [
         {"question": "q", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "A"},
         {"query": "q", "choices": ["1", "2"], "gold": 0},
+        {"goal": "g", "sol1": "1", "sol2": "2"},
+        {"context": "c", "continuation": "d"},
+        {"What is 1 + 1?": "What is 2 + 2?", "1": "3", "2": "4", "3": "5", "4": "6", "B": "C"},  # MMLU, without names
     ],
 )
-def test_multiple_choice_items_are_refused_unless_their_columns_are_named(record: dict[str, Any]) -> None:
-    assert "these are multiple-choice items, whose answers mean nothing without the options" in error_of([record])
+def test_evaluation_items_are_refused_unless_their_columns_are_named(record: dict[str, Any]) -> None:
+    assert "these are evaluation items (options to choose from, or endings to predict)" in error_of([record])
     prompt, *_, answer = record
     assert detect_format([record], "auto", "f", source(columns={"prompt": prompt, "response": answer})) == "alpaca"
 

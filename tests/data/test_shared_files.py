@@ -74,60 +74,49 @@ LOADED = {
 }
 
 
-def unknown(keys: str, rows: str = "50 rows", table: bool = False) -> str:
-    header = " The first row of a table must hold the names of its columns." if table else ""
-    return (
-        f":LINE: the format cannot be told from the first {rows}: found the keys {keys}. Expected one of: "
-        f"{KNOWN_FORMATS}. Rename the fields to these, or name them in data.sources columns.{header}"
-    )
-
-
-CHOICES = (
-    ":LINE: these are multiple-choice items, whose answers mean nothing without the options. Expected answers in "
-    "words: evaluate on the items as a task, or name the two columns to train on in data.sources columns."
+UNKNOWN = (
+    ":LINE: the format cannot be told from the first row: found the keys generated, total_bytes, ANY, "
+    f"cross_file_overlap_prompts. Expected one of: {KNOWN_FORMATS}. Rename the fields to these, or name them in "
+    "data.sources columns."
+)
+ITEMS = (
+    ":LINE: these are evaluation items (options to choose from, or endings to predict), which are no conversations. "
+    "Evaluate on them as a task (eval.capabilities), or name the two columns to train on in data.sources columns."
 )
 PREFERENCE = (
     ":LINE: these are preference pairs (a chosen and a rejected answer), which supervised fine-tuning cannot use. "
     "Expected one answer per row: keep the chosen one, as output or as the last assistant message, or set data.sources "
     "preference: chosen."
 )
-NO_NAMES = unknown("ANY", "ANY", table=True)
-MINIMAL_PAIRS = (
-    "sentence_good, sentence_bad, one_prefix_prefix, one_prefix_word_good, one_prefix_word_bad, field, "
-    "linguistics_term, UID, simple_LM_method, one_prefix_method, two_prefix_method, lexically_identical and 1 more"
-)
 
 # file: the sentence it is refused with, less its path. LINE is a number, ANY any words.
 REFUSED = {
     "MANIFEST.md": ": expected a file name that ends in .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .xlsx, .txt, "
     ".zip, found .md. Convert or rename it.",
-    "eval/TruthfulQA.csv": unknown(
-        "Type, Category, Question, Best Answer, Best Incorrect Answer, Correct Answers, Incorrect Answers, Source",
-        table=True,
-    ),
-    "eval/arc_easy.jsonl": CHOICES,
-    "eval/blimp/anaphor_number_agreement.jsonl": unknown(MINIMAL_PAIRS),
-    "eval/blimp/determiner_noun_agreement_1.jsonl": unknown(MINIMAL_PAIRS),
-    "eval/blimp/existential_there_quantifiers_1.jsonl": unknown("sentence_good, ANY, pairID"),
-    "eval/blimp/irregular_past_participle_verbs.jsonl": unknown(MINIMAL_PAIRS),
-    "eval/blimp/npi_present_1.jsonl": unknown(MINIMAL_PAIRS),
-    "eval/blimp/regular_plural_subject_verb_agreement_1.jsonl": unknown(MINIMAL_PAIRS),
-    "eval/blimp/transitive.jsonl": unknown("sentence_good, ANY, lexically_identical and ANY more"),
-    "eval/blimp/wh_questions_subject_gap.jsonl": unknown("sentence_good, ANY, pairID"),
-    "eval/boolq.jsonl": CHOICES,
+    "eval/TruthfulQA.csv": ITEMS,
+    "eval/arc_easy.jsonl": ITEMS,
+    "eval/blimp/anaphor_number_agreement.jsonl": ITEMS,
+    "eval/blimp/determiner_noun_agreement_1.jsonl": ITEMS,
+    "eval/blimp/existential_there_quantifiers_1.jsonl": ITEMS,
+    "eval/blimp/irregular_past_participle_verbs.jsonl": ITEMS,
+    "eval/blimp/npi_present_1.jsonl": ITEMS,
+    "eval/blimp/regular_plural_subject_verb_agreement_1.jsonl": ITEMS,
+    "eval/blimp/transitive.jsonl": ITEMS,
+    "eval/blimp/wh_questions_subject_gap.jsonl": ITEMS,
+    "eval/boolq.jsonl": ITEMS,
     "eval/hellaswag_abstainqa_dev.json": ": there is no split train; the file holds dev. Name one of these as "
     "data.sources split.",
-    "eval/lambada_openai.jsonl": unknown("context, continuation"),
-    "eval/openbook_qa.jsonl": CHOICES,
-    "eval/piqa_valid.jsonl": unknown("goal, sol1, sol2"),
+    "eval/lambada_openai.jsonl": ITEMS,
+    "eval/openbook_qa.jsonl": ITEMS,
+    "eval/piqa_valid.jsonl": ITEMS,
     "eval/piqa_valid_labels.lst": ": expected a file name that ends in .json, .jsonl, .ndjson, .csv, .tsv, .parquet, "
     ".xlsx, .txt, .zip, found .lst. Convert or rename it.",
-    "eval/truthfulqa_mc_task.json": unknown("question, mc0_targets, mc1_targets, mc2_targets"),
-    "eval/winogrande.jsonl": unknown("context_options, continuation, gold"),
-    "eval/xcopa_zh_test.jsonl": unknown("premise, choice1, choice2, question, label, idx, changed"),
+    "eval/truthfulqa_mc_task.json": ITEMS,
+    "eval/winogrande.jsonl": ITEMS,
+    "eval/xcopa_zh_test.jsonl": ITEMS,
     "formats/dataset_info.json": ": name one of its entries as data.sources entry: identity, alpaca_en_demo, ANY, "
     "belle_0.5m and 84 more.",
-    "manifest.json": unknown("generated, total_bytes, ANY, cross_file_overlap_prompts", "row"),
+    "manifest.json": UNKNOWN,
     "preference/dpo_en_demo.json": PREFERENCE,
     "preference/dpo_zh_demo.json": PREFERENCE,
     "preference/oaast_rm_zh_150.json": PREFERENCE,
@@ -165,16 +154,15 @@ CMMLU = """agronomy anatomy ancient_chinese arts business_ethics chinese_civil_s
     international_law journalism jurisprudence legal_and_moral_basis logical machine_learning management
     marxist_theory philosophy professional_accounting professional_law professional_medicine professional_psychology
     public_relations security_study sociology traditional_chinese_medicine virology world_religions"""
-# Folders of many small tables, a subject each: MMLU's have no row of names, so that their first question is taken for
-# it; the others say A, B, C and D.
+# Folders of many small tables, a subject each.
 for pattern, subjects, sentence in (
-    ("eval/mmlu/dev/{}_dev.csv", MMLU, NO_NAMES),
-    ("eval/mmlu/test/{}_test.csv", MMLU_TEST, NO_NAMES),
-    ("eval/mmlu/val/{}_val.csv", MMLU, NO_NAMES),
-    ("nc/eval/ceval/dev/{}_dev.csv", CEVAL, CHOICES),
-    ("nc/eval/ceval/val/{}_val.csv", CEVAL, CHOICES),
-    ("nc/eval/cmmlu/dev/{}.csv", CMMLU, CHOICES),
-    ("nc/eval/cmmlu/test/{}.csv", CMMLU, CHOICES),
+    ("eval/mmlu/dev/{}_dev.csv", MMLU, ITEMS),
+    ("eval/mmlu/test/{}_test.csv", MMLU_TEST, ITEMS),
+    ("eval/mmlu/val/{}_val.csv", MMLU, ITEMS),
+    ("nc/eval/ceval/dev/{}_dev.csv", CEVAL, ITEMS),
+    ("nc/eval/ceval/val/{}_val.csv", CEVAL, ITEMS),
+    ("nc/eval/cmmlu/dev/{}.csv", CMMLU, ITEMS),
+    ("nc/eval/cmmlu/test/{}.csv", CMMLU, ITEMS),
 ):
     REFUSED |= {pattern.format(subject): sentence for subject in subjects.split()}
 
