@@ -232,7 +232,9 @@ def base_name(manifest: RunManifest) -> str:
 
 
 def method_name(manifest: RunManifest) -> str:
-    return {"lora": "LoRA", "qlora": "QLoRA"}[manifest.recipe.train.method]
+    method = manifest.recipe.train.method
+    names = {"lora": "LoRA", "qlora": "QLoRA", "int8": "LoRA on int8", "oft": "OFT", "full": "All weights"}
+    return names.get(method, f"{method.capitalize()} tuning")
 
 
 def gain(manifest: RunManifest) -> Figure | None:

@@ -189,7 +189,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from tasks.core.store import open_store
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.data)
-    plan = plan_run(recipe, open_store(read_settings(arguments.store)))
+    plan = plan_run(recipe, open_store(read_settings(arguments.store)), offline_ok=True)
     if arguments.json:
         _print_json(plan)
     else:

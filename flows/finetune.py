@@ -31,6 +31,7 @@ from tasks.evaluation.steps import compare_scores, list_evaluation_items
 from tasks.export.steps import convert_to_gguf, merge_adapter, register_in_ollama
 from tasks.models.steps import prepare_base
 from tasks.reporting.steps import publish_run
+from tasks.training.trackers import check_trackers
 
 quiet_libraries()  # a worker imports this module, not the command line
 Result = TypeVar("Result", bound=Record)
@@ -59,6 +60,7 @@ def finetune(
     place = open_store(settings)
     run = Run(place, config, run_id or new_run_id(config.name))
     url = settings.store_url
+    check_trackers(config.train.report_to)
     with run.recorded() as manifest:
         items = list_evaluation_items(config.eval, url)
         manifest.dataset = dataset = run.stage("dataset", lambda: prepare_data(config.data, items, url))
@@ -71,7 +73,7 @@ def finetune(
             "before", lambda: score_model(config.model, config.eval, base, None, url, "before")
         )
         manifest.adapter = adapter = run.stage(
-            "train", lambda: train_adapter(config.model, config.train, base, tokens, url)
+            "train", lambda: train_adapter(config.model, config.train, base, tokens, url, run.manifest.run_id)
         )
         manifest.after = after = run.stage(
             "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
@@ -79,6 +81,8 @@ def finetune(
         manifest.report = verdict = run.stage("compare", lambda: compare_scores(config.eval, before, after, url))
         if gate and verdict.verdict != "promote":
             run.skip("merge", "gguf", "ollama", why=f"the gate is closed: {verdict.verdict}")
+        elif adapter.unmerged:
+            run.skip("merge", "gguf", "ollama", why=adapter.unmerged)
         else:
             manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
             manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, merged, url))

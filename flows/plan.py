@@ -1,10 +1,13 @@
 """What a run would do, found without torch or Prefect: stages reused or computed, and what the items can detect."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tasks.core.config import EvalConfig, Recipe
+from tasks.core.errors import DataError, ModelError
+from tasks.core.manifest import find_start
 from tasks.core.paired import detectable_change
 from tasks.core.records import (
     AdapterRef,
@@ -37,10 +40,15 @@ from tasks.core.store import Store, find_artifact
 from tasks.data.sources import prompts_digest, source_digests
 from tasks.evaluation.suite import suite_digest
 from tasks.models.base import locate_base
+from tasks.training.trackers import check_trackers
 
 Found = TypeVar("Found", bound=ArtifactRecord)
+Located = TypeVar("Located")
 # A pair of models in our runs disagrees on about one item in ten; what is detectable follows from it.
 EXPECTED_DISCORDANCE = 0.1
+# What lies under our own errors where nothing answered: the Hub's types, httpx's and botocore's, by name as they are
+# not loaded here. A wrong or gated id is none of them, nor is an address that no server can have.
+OUT_OF_REACH = {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout"}
 
 
 @dataclass(frozen=True)
@@ -63,25 +71,40 @@ class Detectable:
     detectable: float | None
 
 
-def plan_run(recipe: Recipe, store: Store) -> dict[str, Any]:
-    """Return the plan as plain values. Raises the same errors as the run would, before anything starts."""
+def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[str, Any]:
+    """Return the plan as plain values. Raises the same errors as the run would, before anything starts; but with
+    `offline_ok`, a base or data set that is neither here nor in reach is noted, and what needs it is to be computed."""
     stages: list[PlannedStage] = []
+    notes: list[str] = []
+
+    def locate(work: Callable[[], Located]) -> Located | None:
+        try:
+            return work()
+        except (ModelError, DataError) as error:
+            if not (offline_ok and _is_out_of_reach(error)):
+                raise
+            notes.append(f"{error} Until then it cannot be known what the store already has for it.")
+            return None
 
     def look(name: str, stage: Stage | None, record_type: type[Found]) -> Found | None:
         found = find_artifact(store, stage, record_type) if stage else None
         stages.append(PlannedStage(name, "reuse" if found else "compute", found.artifact.uri if found else None))
         return found
 
-    source = locate_base(recipe.model)
+    source = locate(lambda: locate_base(recipe.model))
+    sources = locate(lambda: source_digests(recipe.data))
     suite = suite_digest(recipe.eval)
     trust = recipe.model.trust_remote_code
     items = items_stage(suite).key
-    dataset = look("dataset", dataset_stage(recipe.data, source_digests(recipe.data), items), DatasetRef)
+    dataset = look("dataset", dataset_stage(recipe.data, sources, items) if sources else None, DatasetRef)
     look("validate", validation_stage(recipe.data, dataset) if dataset else None, DataReport)
-    base = look("base", base_stage(recipe.model, source.content), BaseRef)
+    base = look("base", base_stage(recipe.model, source.content) if source else None, BaseRef)
     tokens = look("tokens", _tokens_stage(recipe, store, dataset, base, items) if dataset and base else None, TokensRef)
     before = look("before", scores_stage(recipe.eval, suite, base, None, trust) if base else None, ScoreSheet)
-    adapter = look("train", adapter_stage(recipe.train, base, tokens) if base and tokens else None, AdapterRef)
+    check_trackers(recipe.train.report_to)
+    start = find_start(store, recipe.train.start_from)
+    training = adapter_stage(recipe.train, base, tokens, start and start[1]) if base and tokens else None
+    adapter = look("train", training, AdapterRef)
     after = look(
         "after", scores_stage(recipe.eval, suite, base, adapter, trust) if base and adapter else None, ScoreSheet
     )
@@ -92,10 +115,17 @@ def plan_run(recipe: Recipe, store: Store) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "store": store.url,
-        "base": str(source.path),
+        "base": str(source.path) if source else None,
         "stages": [asdict(s) for s in stages],
         "detectable": [asdict(d) for d in _detectable(recipe.eval)],
+        "notes": notes,
     }
+
+
+def _is_out_of_reach(error: BaseException) -> bool:
+    """Return whether an error of ours was raised because nothing answered, and not because an id is wrong or gated."""
+    cause = error.__context__
+    return cause is not None and any(kind.__name__ in OUT_OF_REACH for kind in type(cause).__mro__)
 
 
 def _tokens_stage(recipe: Recipe, store: Store, dataset: DatasetRef, base: BaseRef, items: str) -> Stage | None:

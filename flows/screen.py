@@ -192,6 +192,8 @@ def show_plan(plan: dict[str, Any]) -> None:
         mark = {"reuse": "[cyan]↻[/]", "compute": "•", "always": "•"}[stage["action"]]
         table.add_row(mark, TITLES[stage["stage"]], stage["action"])
     console.print(table)
+    for note in plan["notes"]:
+        console.print(f"Note: {note}", markup=False, highlight=False)
     for item in plan["detectable"]:
         if item["detectable"] is not None:
             enough = "enough" if item["detectable"] <= item["budget"] else "not enough: add items or widen the budget"

@@ -3,6 +3,7 @@
 from prefect import flow
 
 from tasks.core.config import ModelConfig, TrainConfig
+from tasks.core.manifest import find_start
 from tasks.core.records import AdapterRef, BaseRef, TokensRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import adapter_stage
@@ -12,15 +13,17 @@ from tasks.training.steps import train_adapter as train_adapter_task
 
 @flow(name="train-adapter", flow_run_name="train-{train.method}-r{train.rank}", persist_result=False)
 def train_adapter_flow(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str
+    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str, run_id: str | None = None
 ) -> AdapterRef:
     """Return the trained adapter."""
-    return train_adapter_task(model, train, base, tokens, store_url)
+    return train_adapter_task(model, train, base, tokens, store_url, run_id)
 
 
 def train_adapter(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str
+    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str, run_id: str | None = None
 ) -> AdapterRef:
     """Return the trained adapter. What is in the store already needs no subflow, which costs seconds to start."""
-    done = find_artifact(open_store(read_settings(store_url)), adapter_stage(train, base, tokens), AdapterRef)
-    return (train_adapter_task if done else train_adapter_flow)(model, train, base, tokens, store_url)
+    store = open_store(read_settings(store_url))
+    start = find_start(store, train.start_from)
+    done = find_artifact(store, adapter_stage(train, base, tokens, start and start[1]), AdapterRef)
+    return (train_adapter_task if done else train_adapter_flow)(model, train, base, tokens, store_url, run_id)

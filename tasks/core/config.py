@@ -75,7 +75,9 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-YAML_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads off as false
+YAML_SWITCH = BeforeValidator(
+    lambda v: {False: "off", True: "on"}[v] if isinstance(v, bool) else v
+)  # as YAML 1.1 reads them
 
 
 class CleanConfig(Section):
@@ -83,7 +85,7 @@ class CleanConfig(Section):
 
     html: bool = Field(True, description="Strip tags and entities of web pages; code and its tags stay.")
     mojibake: bool = Field(True, description="Mend text decoded wrongly; drop control characters.")
-    unicode: Annotated[Literal["off", "nfc", "nfkc"], YAML_OFF] = Field("nfc", description="Unicode normal form.")
+    unicode: Annotated[Literal["off", "nfc", "nfkc"], YAML_SWITCH] = Field("nfc", description="Unicode normal form.")
     width: bool = Field(True, description="Full-width letters and digits become ASCII; punctuation stays.")
     simplified: bool = Field(False, description="Traditional Chinese becomes simplified.")
     personal_data: Literal["keep", "mask", "quarantine"] = Field("mask", description="Phone, e-mail, ID, card numbers.")
@@ -125,7 +127,7 @@ class DataConfig(Section):
     fill: dict[str, str] = Field({}, description="Values of placeholders in the rows: name for {{name}}.")
     clean: CleanConfig = CleanConfig()
     replay: ReplayConfig | None = None
-    leakage: Annotated[Literal["quarantine", "off"], YAML_OFF] = Field(
+    leakage: Annotated[Literal["quarantine", "off"], YAML_SWITCH] = Field(
         "quarantine", description="Training rows that hold evaluation items."
     )
     validation_share: float = Field(0.06, gt=0, lt=0.5, description="Share of rows held out for the validation loss.")
@@ -137,23 +139,60 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How the adapter is trained."""
 
-    method: Literal["lora", "qlora"] = Field("qlora", description="qlora keeps the base in 4-bit NF4 while training.")
+    method: Literal["lora", "qlora", "int8", "oft", "prefix", "prompt", "full"] = Field(
+        "qlora",
+        description="lora, or with the base in 4 bits (qlora) or 8 (int8); orthogonal rotations (oft); virtual tokens "
+        "before every layer (prefix) or before the text (prompt); all weights (full).",
+    )
     rank: int = Field(16, ge=1, le=1024)
     alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = Field("all-linear", description="all-linear, or module names.")
+    rank_pattern: dict[str, int] = Field({}, description="Another rank for modules whose name ends in the key.")
+    alpha_pattern: dict[str, int] = Field({}, description="Another alpha for modules whose name ends in the key.")
+    modules_to_save: list[str] = Field([], description="Modules trained whole beside the adapter, such as lm_head.")
+    dora: bool = Field(False, description="Train magnitudes beside directions (DoRA).")
+    rslora: bool = Field(False, description="Scale by alpha over the root of the rank (rsLoRA).")
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field("default", description="How LoRA's matrices begin.")
+    lora_plus_ratio: float = Field(1.0, ge=1, le=64, description="Learning rate of B over that of A (LoRA+: 16).")
+    virtual_tokens: int = Field(20, ge=1, le=1024, description="Trained positions of prefix and prompt.")
+    start_from: str | None = Field(
+        None, description="Go on from an adapter: its folder, or the name of the run that made it."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="The 8-bit ones are bitsandbytes'; paged needs a GPU."
+    )
     learning_rate: float = Field(2e-4, ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="wsd: constant, then down over the last fifth."
+    )
     warmup_share: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     epochs: float = Field(3.0, gt=0, le=100)
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever the epochs.")
+    max_minutes: float | None = Field(None, gt=0, description="Stop after the step that takes this long.")
     step_tokens: int = Field(16_384, ge=64, description="Tokens an optimizer step is made of (the effective batch).")
-    pack_tokens: int = Field(2048, ge=64, description="Tokens per packed sequence; a step runs several.")
+    pack_tokens: int = Field(2048, ge=64, description="Tokens per forward pass (the micro-batch); a step runs several.")
     max_tokens: int = Field(2048, ge=16, description="Longest conversation; longer ones are counted and dropped.")
     validate_every: int = Field(0, ge=0, description="Optimizer steps between validation losses; 0 is ten per run.")
+    retention_texts: str | None = Field(
+        None, description="JSONL of texts of the base's own kind, whose loss is followed beside the validation loss."
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after this many validations without a better loss, and ship the best."
+    )
+    checkpoint_minutes: float = Field(5.0, ge=0, description="Minutes between checkpoints, from which a run resumes.")
+    activation_checkpointing: Annotated[Literal["auto", "on", "off"], YAML_SWITCH] = Field(
+        "auto", description="Recompute activations to save memory; auto: where they would not fit."
+    )
+    fast_layers: Annotated[Literal["auto", "off"], YAML_SWITCH] = Field(
+        "auto", description="On a CPU, layers of this project's own where they give the same numbers."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]] = Field(
+        [], description="Also send the curve there; each needs its package."
+    )
     seed: int = Field(42, ge=0)
 
     @model_validator(mode="after")
@@ -163,6 +202,49 @@ class TrainConfig(Section):
                 f"max_tokens ({self.max_tokens}) must not exceed pack_tokens ({self.pack_tokens}): "
                 "a pack must hold the longest conversation"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_method(self) -> "TrainConfig":
+        lora = self.method in ("lora", "qlora", "int8")
+        of_lora = {
+            "dora": self.dora,
+            "rslora": self.rslora,
+            "init": self.init != "default",
+            "lora_plus_ratio": self.lora_plus_ratio != 1,
+            "lora_dropout": self.lora_dropout > 0,
+            "rank_pattern": bool(self.rank_pattern),
+            "alpha_pattern": bool(self.alpha_pattern),
+        }
+        moves_base = self.init in ("pissa", "olora")
+        is_virtual = self.method in ("prefix", "prompt")
+        wrong = ", ".join(name for name, is_set in of_lora.items() if is_set and not lora)
+        for is_wrong, sentence in (
+            (wrong, f"{wrong}: only for method lora, qlora or int8, not {self.method}"),
+            (
+                moves_base and self.method != "lora",
+                f"init {self.init} changes the base's weights, which {self.method} rounds: use method lora",
+            ),
+            (
+                moves_base and self.start_from,
+                f"init {self.init} begins an adapter anew, and start_from goes on with one: remove one of them",
+            ),
+            (
+                self.dora and self.method == "int8",
+                "dora does not work with int8, whose scales PEFT loses: use method qlora or lora",
+            ),
+            (
+                self.method == "oft" and self.rank < 2,
+                "rank is the side of the rotated blocks with method oft: it must be at least 2",
+            ),
+            (self.modules_to_save and (is_virtual or self.method == "full"), f"no modules_to_save with {self.method}"),
+            (
+                is_virtual and self.activation_checkpointing == "on",
+                f"activation_checkpointing would drop the virtual tokens of method {self.method}: switch it off",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(sentence)
         return self
 
 
@@ -395,6 +477,13 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
                     source["path"] = _local_or_hub(source["path"], folder)
     if isinstance(replay, dict) and isinstance(replay.get("prompts"), str):
         replay["prompts"] = str((folder / replay["prompts"]).absolute())
+    train = raw.get("train")
+    if isinstance(train, dict):
+        if isinstance(train.get("retention_texts"), str):
+            train["retention_texts"] = str((folder / train["retention_texts"]).absolute())
+        start = train.get("start_from")
+        if isinstance(start, str) and ("/" in start or (folder / start).is_dir()):  # else a run's name
+            train["start_from"] = str((folder / start).absolute())
     evaluation = raw.get("eval")
     if isinstance(evaluation, dict):
         if isinstance(evaluation.get("task_folders"), list):

@@ -1,15 +1,17 @@
 """The run manifest: the only contract between a run and those who look at it. Versioned, rewritten after each stage."""
 
+import itertools
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from tasks.core.config import Recipe
-from tasks.core.digest import canonical_json
-from tasks.core.errors import ForgetlessError, StoreError
+from tasks.core.digest import canonical_json, content_digest, file_sha256
+from tasks.core.errors import ConfigError, ForgetlessError, StoreError
 from tasks.core.records import (
     AdapterRef,
     ArtifactRef,
@@ -22,6 +24,7 @@ from tasks.core.records import (
     OllamaRef,
     ScoreSheet,
     TokensRef,
+    TrainPoint,
 )
 from tasks.core.store import Store
 
@@ -124,3 +127,49 @@ def parse_manifest(data: bytes, run_id: str) -> RunManifest:
 def run_ids(store: Store) -> list[str]:
     """Return the names of all runs, oldest first."""
     return sorted(store.list_folders("runs"), key=lambda run_id: run_id.rsplit("-", 3)[1:])
+
+
+def find_start(store: Store, start_from: str | None) -> tuple[Path, str] | None:
+    """Return the folder and the content of the adapter that training goes on from: a folder of PEFT's, or what a run of
+    this store made; None where there is none to go on from. Raises ConfigError."""
+    if start_from is None:
+        return None
+    folder = Path(start_from)
+    if folder.is_absolute():
+        files = sorted(folder.glob("*.safetensors"))
+        if not (folder / "adapter_config.json").is_file() or not files:
+            raise ConfigError(
+                f"train.start_from {folder}: expected a folder with adapter_config.json and safetensors, as PEFT has "
+                "it, or the name of a run."
+            )
+        return folder, content_digest({p.name: file_sha256(p) for p in (folder / "adapter_config.json", *files)})
+    adapter = read_manifest(store, start_from).adapter
+    if adapter is None:
+        raise ConfigError(f"train.start_from: run {start_from} made no adapter. List the runs with: forgetless runs")
+    return store.local_folder(adapter.artifact), adapter.artifact.content
+
+
+class LiveCurve:
+    """The training curve of a run at work, in numbered files: S3 cannot append to one."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store, self.folder = store, manifest_path(run_id).removesuffix("manifest.json") + "curve"
+        self.points: list[TrainPoint] = []
+        self.number = 0
+
+    def write(self) -> None:
+        """Write the points since the last time."""
+        if self.points:
+            lines = "".join(point.model_dump_json() + "\n" for point in self.points)
+            self.store.write_bytes(f"{self.folder}/{self.number:06}.jsonl", lines.encode())
+            self.points, self.number = [], self.number + 1
+
+    def read(self) -> list[TrainPoint]:
+        """Return all points written so far, of a step the newest, in the order of steps."""
+        found: dict[int, TrainPoint] = {}
+        for number in itertools.count():
+            data = self.store.read_bytes(f"{self.folder}/{number:06}.jsonl")
+            if data is None:
+                return [found[step] for step in sorted(found)]
+            found |= {p.step: p for p in map(TrainPoint.model_validate_json, data.splitlines())}
+        raise AssertionError

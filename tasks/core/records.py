@@ -138,9 +138,13 @@ class TrainPoint(Record):
     step: int
     loss: float | None = None
     validation_loss: float | None = None
+    retention_loss: float | None = None
+    """Of train.retention_texts, per token."""
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
+    memory_mib: int | None = None
+    """Most that was held so far: of the GPU, or of the process."""
 
 
 class AdapterRef(ArtifactRecord):
@@ -155,6 +159,23 @@ class AdapterRef(ArtifactRecord):
     first_validation_loss: float
     last_validation_loss: float
     curve: list[TrainPoint]
+    ended: Literal["finished", "early stopping", "time limit"] = "finished"
+    best_step: int | None = None
+    """Of the lowest validation loss; what is shipped where train.early_stopping is set, else the last step is."""
+    onset: int | None = None
+    """Step from which the rows were learned by heart."""
+    notes: list[str] = []
+    """What a reader of the run should know: memory that ran out, a resumption, overfitting."""
+
+    @property
+    def unmerged(self) -> str | None:
+        """Why the adapter ships as it is, or None where it is merged into its base."""
+        if self.method not in ("prefix", "prompt"):
+            return None
+        return (
+            f"the virtual tokens of method {self.method} cannot be merged into weights: load the base with PEFT and "
+            "the adapter from the store, or train with lora for a merged model"
+        )
 
 
 class Delta(Record):

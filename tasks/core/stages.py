@@ -4,10 +4,11 @@ Kept apart from the stages themselves so that `plan` can say what is reused with
 when the stage's code would give other bytes for the same inputs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tasks.core.config import DataConfig, EvalConfig, ExportConfig, ModelConfig, ReplayConfig, TrainConfig
-from tasks.core.digest import stage_key
+from tasks.core.digest import file_sha256, stage_key
 from tasks.core.hardware import device_class, resolve_dtype
 from tasks.core.records import AdapterRef, BaseRef, DatasetRef, ModelRef, ReplayRef, ScoreSheet, TokensRef
 
@@ -82,13 +83,20 @@ def precision() -> dict[str, str]:
     return {"dtype": resolve_dtype("auto"), "device": device_class()}
 
 
-def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef) -> Stage:
+NOT_IN_AN_ADAPTER = {"max_tokens", "retention_texts", "checkpoint_minutes", "report_to", "start_from"}
+"""Settings of training that change no byte of the adapter, or that count by their content."""
+
+
+def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: str | None = None) -> Stage:
+    """`start` is the content of the adapter that training goes on from."""
     section = {
-        **config.model_dump(mode="json", exclude={"max_tokens"}),
+        **config.model_dump(mode="json", exclude=NOT_IN_AN_ADAPTER),
         "dtype": resolve_dtype(config.dtype),
         "device": device_class(),
     }
-    return Stage("adapter", 2, [base.artifact.content, tokens.digest], section)
+    watched = Path(config.retention_texts) if config.retention_texts else None
+    more = [file_sha256(watched)] if watched and watched.is_file() else []
+    return Stage("adapter", 3, [base.artifact.content, tokens.digest, *([start] if start else []), *more], section)
 
 
 def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet) -> Stage:

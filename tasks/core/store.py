@@ -41,6 +41,9 @@ class Store(Protocol):
     def work_folder(self) -> contextlib.AbstractContextManager[Path]:
         """Yield an empty local folder that is removed afterwards, on the disk that artifacts are moved to."""
 
+    def kept_folder(self, name: str) -> Path:
+        """Return a local folder for unfinished work that outlives a process; whoever finishes the work removes it."""
+
     def upload(self, folder: Path, path: str, marker: bytes) -> None:
         """Move the files of a local folder under `path`, the marker last."""
 
@@ -178,6 +181,9 @@ class FileStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def kept_folder(self, name: str) -> Path:
+        return self._path(f"work/{name}")
+
     def upload(self, folder: Path, path: str, marker: bytes) -> None:
         target = self._path(path)
         (folder / MARKER).write_bytes(marker)
@@ -257,6 +263,9 @@ class S3Store:
         self.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.cache, prefix="work-") as folder:
             yield Path(folder)
+
+    def kept_folder(self, name: str) -> Path:
+        return self.cache / "work" / name
 
     def upload(self, folder: Path, path: str, marker: bytes) -> None:
         from boto3.exceptions import S3UploadFailedError

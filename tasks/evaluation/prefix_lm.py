@@ -27,6 +27,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self, model: Any, tokenizer: Any, row_tokens: int | None, on_progress: Callable[[int, int], None]
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        if virtual := getattr(model, "virtual_tokens", 0):  # they take up context that texts cannot have
+            self._max_length = self.max_length - virtual
         self.row_tokens = row_tokens or ROW_TOKENS.get(str(self.device).partition(":")[0], 1024)
         self.on_progress = on_progress
 

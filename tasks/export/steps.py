@@ -21,7 +21,10 @@ MODELFILE = "Modelfile"
 
 @task(name="merge-adapter", **STAGE_OPTIONS)
 def merge_adapter(model: ModelConfig, base: BaseRef, adapter: AdapterRef, store_url: str) -> ModelRef:
-    """Return the merged model: the very weights that were scored, as safetensors."""
+    """Return the merged model: the very weights that were scored, as safetensors. Raises ExportError where the method's
+    adapters cannot be merged."""
+    if adapter.unmerged:
+        raise ExportError(f"{adapter.artifact.uri}: {adapter.unmerged}.")
     store = open_store(read_settings(store_url))
 
     def make(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from tasks.core.config import ModelConfig
 from tasks.core.errors import ModelError
 from tasks.core.hardware import resolve_dtype
 from tasks.models.tokenizer import load_tokenizer, parse_gguf_once
+from tasks.models.virtual_tokens import VirtualTokens
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -63,10 +66,18 @@ def describe_model(folder: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: str, nf4: bool = False, trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    nf4: bool = False,
+    trust_remote_code: bool = False,
+    int8: bool = False,
 ) -> Any:
-    """Return the model in `dtype`, in eval mode; with `nf4` its linear layers in 4-bit NF4 with double quantisation."""
+    """Return the model in `dtype`, in eval mode; its linear layers with `nf4` in 4-bit NF4 with double quantisation,
+    with `int8` in 8 bits (LLM.int8, arXiv 2208.07339)."""
     options: dict[str, Any] = {}
+    if int8:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -86,44 +97,82 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights at the first evaluation for a kernel that has no gradient.
             module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "init_8bit_state"):
+            # Else the first forward does it; two threads in it at once can lose the scales and quantise again.
+            module.init_8bit_state()
     return model.eval()
 
 
 def load_shipped(
     folder: Path, adapter: Path | None, method: str, dtype: torch.dtype, device: str, trust_remote_code: bool = False
 ) -> Any:
-    """Return the model with the adapter merged, exactly as it will be shipped: for QLoRA on the *dequantised* NF4 base.
+    """Return the model exactly as it will be shipped: the adapter merged, for qlora and int8 into the *dequantised*
+    base; for full the trained weights; for prefix and prompt, which cannot be merged, base and adapter.
 
-    Merging into the 16-bit base instead would ship a model that was never trained (mean KL 1.4 against 0.001)."""
+    Merging into the 16-bit base instead would ship a model that was never trained (NF4: mean KL 1.4 against 0.001).
+    With int8 it hardly matters (0.09 against 0.08; back into int8 0.5): LLM.int8 also rounds what goes into a layer,
+    which no weights can repeat."""
     # On the CPU first, also where a GPU scores it: the merge then writes these very weights again.
-    model = load_model(folder, dtype, "cpu", nf4=method == "qlora", trust_remote_code=trust_remote_code)
-    if method == "qlora":
-        dequantise_nf4(model, dtype)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    return model.eval().to(device)
+    if method == "full" and adapter is not None:
+        return load_model(adapter, dtype, "cpu", trust_remote_code=trust_remote_code).to(device)
+    quantised = {"nf4": method == "qlora", "int8": method == "int8"}
+    model = load_model(folder, dtype, "cpu", trust_remote_code=trust_remote_code, **quantised)
+    if any(quantised.values()):
+        dequantise(model, dtype)
+    if adapter is None:
+        return model.to(device)
+    settings = PeftConfig.from_pretrained(str(adapter))
+    if settings.is_prompt_learning:
+        tuned: Any = VirtualTokens(model, settings)
+        tuned.load_adapter(str(adapter), "default")
+    else:
+        tuned = PeftModel.from_pretrained(model, str(adapter))
+        untie_embeddings(tuned)
+        tuned = tuned.merge_and_unload(safe_merge=True)
+    return tuned.eval().to(device)
 
 
-def dequantise_nf4(model: Any, dtype: torch.dtype) -> None:
-    """Replace, in place, every 4-bit layer by a plain one that holds the values it was trained with."""
-    import bitsandbytes
-    from bitsandbytes.functional import dequantize_4bit
+def untie_embeddings(model: Any) -> None:
+    """Give a PEFT model's output layer weights of its own where it shares them with its input and one was trained:
+    merging would change both, and a saved model would lose one."""
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if not base.config.get_text_config().tie_word_embeddings or not any(
+        isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends
+    ):
+        return
+    output = ends[1]
+    for inner in ("original_module", "base_layer"):
+        output = getattr(output, inner, output)
+    output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
+
+
+def dequantise(model: Any, dtype: torch.dtype) -> None:
+    """Replace, in place, every 4- and 8-bit layer by a plain one that holds the values it was trained with."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     layers: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in layers:
-        if isinstance(module, bitsandbytes.nn.modules.Linear4bit):
+        if isinstance(module, Linear4bit):
             packed: Any = module.weight
             weight = dequantize_4bit(packed.data, packed.quant_state).to(dtype)
-            plain = torch.nn.Linear(
-                module.in_features, module.out_features, bias=False, dtype=dtype, device=weight.device
-            )
-            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-            plain.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
+        elif isinstance(module, Linear8bitLt):
+            state: Any = module.state
+            weight = int8_vectorwise_dequant(state.CB, state.SCB).to(dtype)
+        else:
+            continue
+        plain = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=dtype, device=weight.device)
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized, model.is_loaded_in_4bit = None, False, False
+    model.hf_quantizer, model.is_quantized, model.is_loaded_in_4bit, model.is_loaded_in_8bit = None, False, False, False
 
 
 def free_memory() -> None:

@@ -15,8 +15,9 @@ from tasks.core.errors import ModelError
 from tasks.models.template import apply_named_template
 
 
-def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer with a chat template. Raises ModelError where there is none, or no tokenizer."""
+def load_tokenizer(folder: Path, template: str | None, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer with a chat template, or as it is where `template` is None. Raises ModelError where there
+    is no template, or no tokenizer."""
     from transformers import AutoTokenizer
 
     try:
@@ -25,7 +26,8 @@ def load_tokenizer(folder: Path, template: str, trust_remote_code: bool = False)
         raise ModelError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"The tokenizer in {folder} has no fast version, which label masks need (character offsets).")
-    apply_named_template(tokenizer, template, str(folder))
+    if template is not None:
+        apply_named_template(tokenizer, template, str(folder))
     return tokenizer
 
 

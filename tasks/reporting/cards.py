@@ -5,6 +5,7 @@ Text from users and models is escaped: a card is shown in the Prefect UI and on 
 import html
 import re
 
+from tasks.core.config import TrainConfig
 from tasks.core.manifest import RunManifest
 from tasks.core.records import Delta
 
@@ -42,9 +43,7 @@ def write_card(manifest: RunManifest) -> str:
             facts.append(("Replay", ", ".join(f"{count} {name}" for name, count in replayed.items())))
     if manifest.adapter:
         a, t = manifest.adapter, recipe.train
-        facts.append(
-            ("Method", f"{t.method}, rank {t.rank}, alpha {t.alpha}, learning rate {t.learning_rate:g}, {t.schedule}")
-        )
+        facts.append(("Method", f"{t.method}{_size(t)}, learning rate {t.learning_rate:g}, {t.schedule}"))
         facts.append(
             (
                 "Training",
@@ -68,6 +67,15 @@ def write_card(manifest: RunManifest) -> str:
     if manifest.gguf:
         parts += [f"> {escape(manifest.gguf.prompt)}", ">", f"> {escape(manifest.gguf.sample)}", ""]
     return "\n".join(parts)
+
+
+def _size(train: TrainConfig) -> str:
+    """Return what makes up the adapter's size, in the words of its method."""
+    if train.method in ("prefix", "prompt"):
+        return f", {train.virtual_tokens} virtual tokens"
+    return {"full": "", "oft": f", blocks of {train.rank}"}.get(
+        train.method, f", rank {train.rank}, alpha {train.alpha}"
+    )
 
 
 def _self_replay(manifest: RunManifest) -> dict[str, int]:

@@ -1,5 +1,7 @@
-"""Training as a Prefect task, its progress live in the Prefect UI."""
+"""Training as a Prefect task, its progress live in the Prefect UI and in the store."""
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from tasks.core.config import ModelConfig, TrainConfig
+from tasks.core.manifest import LiveCurve, find_start
 from tasks.core.progress import report_progress
 from tasks.core.records import AdapterRef, BaseRef, TokensRef, TrainPoint
 from tasks.core.settings import read_settings
@@ -14,39 +17,58 @@ from tasks.core.stages import adapter_stage
 from tasks.core.store import open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
+SHOWN_SECONDS = 10.0
+"""Between updates in the Prefect UI and of the live curve: each is a request to a server."""
+
 
 @task(name="train-adapter", **STAGE_OPTIONS)
 def train_adapter(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str
+    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str, run_id: str | None = None
 ) -> AdapterRef:
-    """Return the trained adapter; its weights and training curve are in the store."""
+    """Return the trained adapter; its weights and training curve are in the store. `run_id` is the run whose live curve
+    this is."""
     store = open_store(read_settings(store_url))
+    start = find_start(store, train.start_from)
+    stage = adapter_stage(train, base, tokens, start and start[1])
+    checkpoints = store.kept_folder(f"training-{stage.key}")
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.models.base import open_base
-        from tasks.models.load import free_memory
-        from tasks.training.trainer import train_adapter as fit
+        from tasks.training.worker import run_training
 
         report_progress("train", 0, 0, "loading the model")
         progress: Any = create_progress_artifact(
             0.0, key="training", description="Training, percent of optimizer steps"
         )
+        live = LiveCurve(store, run_id) if run_id else None
+        shown = 0.0
 
         def on_step(step: int, steps: int, point: TrainPoint) -> None:
+            nonlocal shown
             report_progress("train", step, steps, f"loss {point.loss:.3f}")
-            # A handful of updates is enough to watch, and each is a request to the server.
-            if step == steps or step % max(1, steps // 20) == 0:
+            if live:
+                live.points.append(point)
+            if step == steps or time.monotonic() - shown > SHOWN_SECONDS:
+                shown = time.monotonic()
                 update_progress_artifact(artifact_id=progress, progress=100 * step / steps)
+                if live:
+                    live.write()
 
-        fields = fit(
-            open_base(store, base, model),
-            store.local_folder(tokens.artifact),
-            train,
-            folder,
-            on_step,
-            model.trust_remote_code,
-        )
-        free_memory()
+        places = {
+            "base": str(open_base(store, base, model)),
+            "tokens": str(store.local_folder(tokens.artifact)),
+            "out": str(folder),
+            "checkpoints": str(checkpoints),
+            "start_from": str(start[0]) if start else None,
+        }
+        trackers = {
+            "run_name": run_id or stage.key[:12],
+            "settings": train.model_dump(mode="json"),
+            "folder": str(store.kept_folder("trackers")),
+        }
+        fields = run_training(places, train, on_step, model.trust_remote_code, trackers)
         return {**fields, "dropped_too_long": tokens.too_long["train"]}
 
-    return stored(store, adapter_stage(train, base, tokens), AdapterRef, make)
+    record = stored(store, stage, AdapterRef, make)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return record

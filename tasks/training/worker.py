@@ -1,0 +1,154 @@
+"""Training in a process of its own: its memory comes back whole, and a crash is an error with a sentence.
+
+`run_training` starts `python -m tasks.training.worker JOB.json` and reads its standard output, a JSON object a line:
+points as they come, then the record's fields or an error. What libraries print goes to standard error, and to a file.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks.core import errors
+from tasks.core.config import TrainConfig
+from tasks.core.errors import ForgetlessError
+from tasks.core.records import TrainPoint
+
+OnStep = Callable[[int, int, TrainPoint], None]
+ENDING_SECONDS = 120  # for the step at work and its checkpoint
+LOG_LINES = 5
+LEAST_PACK_TOKENS = 64
+JOB, LOG = "job.json", "log.txt"
+
+
+def run_training(
+    places: dict[str, str | None],
+    config: TrainConfig,
+    on_step: OnStep,
+    trust_remote_code: bool,
+    trackers: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return AdapterRef's fields of a training in its own process; `places` are trainer.Places' folders as text, and
+    `trackers` the arguments of open_trackers but for the names. Killed for its memory, it goes on with half the pack.
+
+    Raises the error that the training raised, or ForgetlessError where its process died."""
+    folder = Path(str(places["checkpoints"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    notes: list[str] = []
+    packs = config.pack_tokens
+    while True:
+        job = {
+            "places": places,
+            "config": config.model_dump(mode="json"),
+            "pack_tokens": packs,
+            "trust_remote_code": trust_remote_code,
+            "trackers": trackers,
+        }
+        (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+        code, end = _run(folder, on_step)
+        if "fields" in end:
+            fields: dict[str, Any] = end["fields"]
+            return {**fields, "notes": [*notes, *fields["notes"]]}
+        if "error" in end:
+            kind = getattr(errors, end["kind"], ForgetlessError)
+            raise kind(end["error"])
+        if code == -signal.SIGKILL and packs > LEAST_PACK_TOKENS:
+            packs //= 2
+            notes.append(f"The system ended the training for its memory: it went on with packs of {packs} tokens.")
+            continue
+        raise ForgetlessError(_describe_end(code, folder))
+
+
+def _run(folder: Path, on_step: OnStep) -> tuple[int, dict[str, Any]]:
+    """Return a training process's exit code and the last object it wrote that is no point."""
+    end: dict[str, Any] = {}
+    command = [sys.executable, "-m", "tasks.training.worker", str(folder / JOB)]
+    with (folder / LOG).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                found = json.loads(line)
+                if "point" in found:
+                    on_step(found["step"], found["steps"], TrainPoint(**found["point"]))
+                else:
+                    end = found
+            code = process.wait()
+        except BaseException:  # also a cancelled flow: the child leaves a checkpoint
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_SECONDS)
+            process.kill()
+            raise
+    return code, end
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, in which the child finds this project whatever folder it is started in."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _describe_end(code: int, folder: Path) -> str:
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = " | ".join(line.strip() for line in lines[-LOG_LINES:] if line.strip())
+    return (
+        f"The training process ended with {how}{f', after: {said}' if said else ''}. Its log is {folder / LOG}. The "
+        "same command goes on from the last checkpoint."
+    )
+
+
+# --- the child --------------------------------------------------------------------------------------------------------
+
+
+def main(path: str) -> int:
+    """Train what a job file asks for, telling of it on standard output."""
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what libraries print must not come between
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def tell(**what: Any) -> None:
+        with lock:
+            told.write(json.dumps(what) + "\n")
+            told.flush()
+
+    from tasks.core.settings import quiet_libraries
+
+    quiet_libraries()
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    config = TrainConfig(**job["config"])
+    from tasks.training.trackers import open_trackers
+    from tasks.training.trainer import Interrupted, Places, train_adapter
+
+    folders: dict[str, Any] = {name: Path(place) if place else None for name, place in job["places"].items()}
+    places = Places(**folders)
+    try:
+        with contextlib.ExitStack() as stack:
+            log: Callable[[TrainPoint], None] = lambda _: None  # noqa: E731
+            if config.report_to:
+                where = {**job["trackers"], "folder": Path(job["trackers"]["folder"])}
+                log = stack.enter_context(open_trackers(list(config.report_to), **where))
+
+            def on_step(step: int, steps: int, point: TrainPoint) -> None:
+                log(point)
+                tell(step=step, steps=steps, point=point.model_dump())
+
+            fields = train_adapter(places, config, on_step, job["trust_remote_code"], job["pack_tokens"])
+        tell(fields=fields)
+    except Interrupted:
+        return 128 + signal.SIGTERM
+    except ForgetlessError as error:
+        tell(error=str(error), kind=type(error).__name__)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
