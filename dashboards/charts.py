@@ -108,22 +108,23 @@ def forest_plot(deltas: Sequence[Delta]) -> alt.LayerChart:
 
 
 def loss_chart(curve: Sequence[TrainPoint]) -> alt.LayerChart:
-    """Return training and validation loss by step, in nats per supervised token."""
+    """Return the losses by step: of training, of validation, and of retention texts where these are followed; in nats
+    per supervised token."""
     frame = pd.DataFrame(
         [
             {"step": p.step, "loss": value, "of": of}
             for p in curve
-            for of, value in (("training", p.loss), ("validation", p.validation_loss))
+            for of, value in (("training", p.loss), ("validation", p.validation_loss), ("retention", p.retention_loss))
             if value is not None
         ],
         columns=["step", "loss", "of"],
     )
-    series = ["training", "validation"]
+    series = ["training", "validation", *(["retention"] if any(p.retention_loss is not None for p in curve) else [])]
     legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeWidth=2, symbolSize=400)
     base = alt.Chart(frame).encode(
         x=_steps(),
         y=alt.Y("loss:Q", title="Loss (nats per supervised token)", scale=alt.Scale(zero=False)),
-        color=alt.Color("of:N", scale=alt.Scale(domain=series, range=[BLUE, VERMILION]), legend=legend),
+        color=alt.Color("of:N", scale=alt.Scale(domain=series, range=[BLUE, VERMILION, GREEN]), legend=legend),
         tooltip=[
             alt.Tooltip("step:Q", title="Step"),
             alt.Tooltip("of:N", title="Loss of"),
@@ -131,9 +132,9 @@ def loss_chart(curve: Sequence[TrainPoint]) -> alt.LayerChart:
         ],
     )
     lines = base.mark_line(strokeWidth=2).encode(
-        strokeDash=alt.StrokeDash("of:N", scale=alt.Scale(domain=series, range=[[1, 0], [6, 4]]), legend=legend)
+        strokeDash=alt.StrokeDash("of:N", scale=alt.Scale(domain=series, range=[[1, 0], [6, 4], [2, 3]]), legend=legend)
     )
-    points = base.transform_filter("datum.of == 'validation'").mark_point(filled=True, size=60, opacity=1)
+    points = base.transform_filter("datum.of != 'training'").mark_point(filled=True, size=60, opacity=1)
     return _layered([lines, points], "Loss", 340)
 
 

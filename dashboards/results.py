@@ -16,8 +16,8 @@ import streamlit as st
 import yaml
 
 from tasks.core.errors import ForgetlessError, StoreError, describe_os_error
-from tasks.core.manifest import STAGES, RunManifest, manifest_path, read_manifest, run_ids
-from tasks.core.records import AdapterRef, ArtifactRef, DataReport, DatasetRef, Delta, GgufRef
+from tasks.core.manifest import STAGES, LiveCurve, RunManifest, manifest_path, read_manifest, run_ids
+from tasks.core.records import AdapterRef, ArtifactRef, DataReport, DatasetRef, Delta, GgufRef, TrainPoint
 from tasks.core.settings import read_settings
 from tasks.core.store import Store, open_store
 
@@ -167,6 +167,12 @@ def read_run(url: str, run_id: str) -> Run:
         return Run(run_id, problem=str(error))
 
 
+@st.cache_data(ttl=REFRESH_SECONDS, max_entries=64, show_spinner=False)
+def read_live_curve(url: str, run_id: str) -> list[TrainPoint]:
+    """Return what a training at work has told of its curve so far. Raises ForgetlessError for an unreadable store."""
+    return LiveCurve(_open(url), run_id).read()
+
+
 def find_runs(run_names: Sequence[str], text: str | None) -> list[str]:
     """Return the names that contain every word of `text`, whatever its case; all of them for no text."""
     words = (text or "").lower().split()
@@ -184,15 +190,20 @@ def pulse(url: str, shown: Sequence[str] = ()) -> tuple[str, ...]:
     """Return a value that changes when a run appears, or when one of the runs that are `shown` comes a stage further.
     A store that cannot be read has its error as pulse."""
     try:
-        return (*list_runs(url), *(_standing(read_run(url, name)) for name in shown))
+        return (*list_runs(url), *(_standing(url, read_run(url, name)) for name in shown))
     except ForgetlessError as error:
         return (str(error),)
 
 
-def _standing(run: Run) -> str:
+def _standing(url: str, run: Run) -> str:
     if run.manifest is None:
         return run.problem
-    return f"{run.manifest.status} {[(name, stage.status) for name, stage in run.manifest.stages.items()]}"
+    steps = len(read_live_curve(url, run.run_id)) if is_training(run.manifest) else 0
+    return f"{run.manifest.status} {[(name, stage.status) for name, stage in run.manifest.stages.items()]} {steps}"
+
+
+def is_training(manifest: RunManifest) -> bool:
+    return manifest.status == "running" and "train" in manifest.stages and manifest.stages["train"].status == "running"
 
 
 # A run in a few words
@@ -457,6 +468,13 @@ def _table(rows: Iterable[dict[str, str]]) -> pd.DataFrame:
 # Sentences
 
 
+ENDS = {
+    "finished": "",
+    "early stopping": " It was stopped early, and the best step, {step}, is shipped.",
+    "time limit": " It was stopped by its time limit.",
+}
+
+
 def describe_training(adapter: AdapterRef) -> str:
     dropped = (
         f" {adapter.dropped_too_long:,} conversations were too long and dropped." if adapter.dropped_too_long else ""
@@ -465,7 +483,7 @@ def describe_training(adapter: AdapterRef) -> str:
         f"{adapter.trainable_parameters:,} trainable parameters in {adapter.dtype}, {adapter.steps:,} steps, "
         f"{adapter.tokens:,} tokens ({adapter.supervised_tokens:,} supervised) in {format_seconds(adapter.seconds)}. "
         f"Validation loss {adapter.first_validation_loss:.3f} before, {adapter.last_validation_loss:.3f} after."
-        f"{dropped}"
+        f"{ENDS[adapter.ended].format(step=adapter.best_step)}{dropped}"
     )
 
 

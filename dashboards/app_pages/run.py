@@ -104,16 +104,19 @@ with changes:
                 )
 
 with training:
-    if manifest.adapter is None:
-        st.text("No adapter is trained yet.")
-    else:
+    if manifest.adapter is not None:
+        curve = manifest.adapter.curve
         st.text(results.describe_training(manifest.adapter))
-        st.altair_chart(charts.loss_chart(manifest.adapter.curve), alt="Training and validation loss by optimizer step")
+        for note in manifest.adapter.notes:
+            st.info(results.escape_markdown(note))
+    else:
+        curve = results.read_live_curve(url, manifest.run_id) if results.is_training(manifest) else []
+        st.text(f"Step {curve[-1].step:,} so far." if curve else "No adapter is trained yet.")
+    if curve:
+        st.altair_chart(charts.loss_chart(curve), alt="Training and validation loss by optimizer step")
         rate, throughput = st.columns(2)
-        rate.altair_chart(charts.learning_rate_chart(manifest.adapter.curve), alt="Learning rate by optimizer step")
-        throughput.altair_chart(
-            charts.throughput_chart(manifest.adapter.curve), alt="Tokens per second by optimizer step"
-        )
+        rate.altair_chart(charts.learning_rate_chart(curve), alt="Learning rate by optimizer step")
+        throughput.altair_chart(charts.throughput_chart(curve), alt="Tokens per second by optimizer step")
 
 with data:
     if manifest.dataset is None:

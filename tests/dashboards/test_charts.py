@@ -78,6 +78,12 @@ def test_the_training_charts_name_their_units() -> None:
     assert titles(charts.throughput_chart(curve).to_dict(), "y") == {"Tokens per second"}
 
 
+def test_the_loss_of_retention_texts_is_a_line_of_its_own() -> None:
+    curve = [p.model_copy(update={"retention_loss": p.validation_loss}) for p in made.curve()]
+    points = next(iter(charts.loss_chart(curve).to_dict()["datasets"].values()))
+    assert len([p for p in points if p["of"] == "retention"]) == 9
+
+
 def test_an_empty_curve_draws() -> None:
     for chart in (charts.loss_chart, charts.learning_rate_chart, charts.throughput_chart):
         drawn = chart([]).to_dict()

@@ -7,7 +7,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from tasks.core.manifest import write_manifest
+from tasks.core.manifest import LiveCurve, write_manifest
 from tasks.core.store import FileStore
 from tests.dashboards import manifests as made
 
@@ -247,3 +247,27 @@ def test_a_run_that_goes_on_is_followed(show: Show, tmp_path: Path) -> None:
     write_manifest(FileStore(tmp_path), manifest)
     st.cache_data.clear()  # what REFRESH_SECONDS do
     assert at.run().progress[0].text == "Scoring the adapter · stage 7 of 12"
+
+
+def test_a_training_at_work_shows_its_curve_as_it_grows(show: Show, tmp_path: Path) -> None:
+    store = made.fill_store(tmp_path)
+    at = show(made.RUNNING)
+    assert "No adapter is trained yet." in words(at)
+    live = LiveCurve(store, made.RUNNING)
+    for part in (made.curve(8)[:4], made.curve(8)[4:]):
+        live.points += part
+        live.write()
+    st.cache_data.clear()  # what REFRESH_SECONDS do
+    assert "Step 8 so far." in words(at.run())
+
+
+def test_what_a_training_noted_is_shown_as_text(show: Show, tmp_path: Path) -> None:
+    whole = made.promoted()
+    assert whole.adapter
+    notes = ["Memory ran out at step 3: packs of 512 tokens from there, steps unchanged.", made.HOSTILE]
+    whole.adapter = whole.adapter.model_copy(update={"notes": notes, "ended": "early stopping", "best_step": 20})
+    write_manifest(FileStore(tmp_path), whole)
+    at = show(made.PROMOTED)
+    assert notes[0].partition(":")[0] in at.info[0].value.replace("\\", "")
+    assert made.HOSTILE not in [box.value for box in at.info]  # escaped: not read as Markdown
+    assert "It was stopped early, and the best step, 20, is shipped." in words(at)
