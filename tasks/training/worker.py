@@ -5,6 +5,7 @@ points as they come, then the record's fields or an error. What libraries print 
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ OnStep = Callable[[int, int, TrainPoint], None]
 ENDING_SECONDS = 120  # for the step at work and its checkpoint
 LOG_LINES = 5
 LEAST_PACK_TOKENS = 64
+PR_SET_PDEATHSIG = 1
 JOB, LOG = "job.json", "log.txt"
 
 
@@ -109,8 +111,18 @@ def _describe_end(code: int, folder: Path) -> str:
 # --- the child --------------------------------------------------------------------------------------------------------
 
 
+def _end_with_parent() -> None:
+    """Let the system end this process when the one that started it dies: two must never write to one checkpoint."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # Linux's; elsewhere the closed pipe ends it at the next step
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died just before
+        sys.exit(1)
+
+
 def main(path: str) -> int:
     """Train what a job file asks for, telling of it on standard output."""
+    _end_with_parent()
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what libraries print must not come between
     os.dup2(2, 1)
     lock = threading.Lock()

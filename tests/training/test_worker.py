@@ -1,7 +1,9 @@
 """Training in its own process: the same adapter, its errors as they are, and a crash told in a sentence."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,27 @@ def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(
     run(places(tiny_folder, tokens, tmp_path / "other" / "whole"), config())
     broken, whole = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("out", "other/whole"))
     assert broken == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process that outlives its parent is ended by Linux")
+def test_a_training_dies_with_the_process_that_started_it(tiny_folder: Path, tokens: Path, tmp_path: Path) -> None:
+    where = places(tiny_folder, tokens, tmp_path / "out")
+    program = (
+        "import json, sys; from tasks.core.config import TrainConfig; from tasks.training.worker import run_training; "
+        "where, config = json.loads(sys.argv[1]); "
+        "run_training(where, TrainConfig(**config), lambda *_: print('step', flush=True), False)"
+    )
+    job = json.dumps([where, config(epochs=99, checkpoint_minutes=0).model_dump(mode="json")])
+    parent = subprocess.Popen([sys.executable, "-c", program, job], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout and parent.stdout.readline() == "step\n"
+    (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the training went on without its parent")
+    fields = run(where, config(epochs=99, checkpoint_minutes=0, max_minutes=0.0001))
+    assert "Resumed at step" in fields["notes"][0]
