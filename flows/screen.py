@@ -144,6 +144,7 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
             what = "conversation" if a.dropped_too_long == 1 else "conversations"
             limit = manifest.recipe.train.max_tokens
             facts.append(("Left out", f"{a.dropped_too_long:,} {what} longer than train.max_tokens={limit}"))
+        facts += [("Note", note) for note in a.notes]
     if manifest.gguf:
         facts += [("Asked", manifest.gguf.prompt), ("It answers", manifest.gguf.sample)]
     for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):
