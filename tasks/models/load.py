@@ -1,6 +1,7 @@
 """Models in memory: loaded in the precision this device does well, quantised for training, merged as shipped."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import warnings
@@ -181,7 +182,11 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     else:
-        import ctypes
+        trim_heap()
 
-        with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere the allocator decides
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+def trim_heap() -> None:
+    """Give the system back what the heap holds in vain. Garbage is not collected first: that takes a quarter of a
+    second in a process with these libraries."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere the allocator decides
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

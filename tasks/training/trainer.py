@@ -24,7 +24,7 @@ from tasks.core.errors import DataError, ForgetlessError
 from tasks.core.hardware import device_class, memory_bytes
 from tasks.core.records import TrainPoint
 from tasks.models.encode import Examples, read_examples
-from tasks.models.load import dtype_name, free_memory, pick_dtype
+from tasks.models.load import dtype_name, free_memory, pick_dtype, trim_heap
 from tasks.models.parallel import map_parallel
 from tasks.models.template import Example
 from tasks.models.tokenizer import load_tokenizer
@@ -135,7 +135,7 @@ def train_adapter(
             optimizer.zero_grad(set_to_none=True)
             run.refresh()
             if device == "cpu":  # packs of ever other lengths fragment its heap, which else grows by 0.3 GB a step
-                free_memory()
+                trim_heap()
             progress.seen_tokens += tokens
             progress.supervised_tokens += labels
             point = TrainPoint(
