@@ -5,7 +5,6 @@ it should. It knows nothing of the store, of Prefect or of scoring, and runs in 
 """
 
 import contextlib
-import gc
 import json
 import math
 import resource
@@ -32,7 +31,7 @@ from tasks.training.checkpoints import BEST, LAST, Progress, load_best, load_che
 from tasks.training.chunked_loss import chunked_loss
 from tasks.training.curve import explain_onset, find_onset, runs_away
 from tasks.training.methods import open_trainable, parameter_groups, save_trained
-from tasks.training.packing import Pack, pack_examples, plan_steps
+from tasks.training.packing import Pack, make_pack, pack_examples, plan_steps
 
 OnStep = Callable[[int, int, TrainPoint], None]
 RETENTION_TEXTS = 64
@@ -227,7 +226,7 @@ class _Run:
     def _untrained_loss(self, examples: list[Example]) -> float:
         """Return the base's own mean loss on the first examples, each alone, by the library's layers."""
         self.model.eval()
-        packs = [_pack([e]) for e in examples[:CHECKED_ROWS]]
+        packs = [make_pack([e]) for e in examples[:CHECKED_ROWS]]
         with self.model.disable_adapter():
             total = sum(self._plain_loss(pack).item() for pack in packs)
         return total / max(1, sum(pack.supervised for pack in packs))
@@ -282,7 +281,6 @@ class _Run:
     def _take_less_memory(self, examples: list[Example], parameters: list[torch.nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.grad = None
-        gc.collect()
         free_memory()
         longest = max(len(e.ids) for e in examples)
         half = max(longest, self.progress.pack_tokens // 2)
@@ -366,10 +364,6 @@ class _Run:
     def refresh(self) -> None:
         if self.layers:
             self.layers.refresh()
-
-
-def _pack(examples: list[Example]) -> Pack:
-    return pack_examples(examples, 1)[0]
 
 
 def _frozen_head(base: Any) -> torch.Tensor | None:
