@@ -21,7 +21,7 @@ from flows.score_model import score_model
 from flows.train_adapter import train_adapter
 from tasks.core.config import Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
-from tasks.core.manifest import STAGES, RunManifest, StageState, new_run_id, write_manifest
+from tasks.core.manifest import STAGES, RunManifest, StageState, find_start, new_run_id, write_manifest
 from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRecord, Record
 from tasks.core.settings import quiet_libraries, read_settings
@@ -69,11 +69,14 @@ def finetune(
         manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
         manifest.tokens = tokens = run.stage("tokens", lambda: tokenise_data(config, base, dataset, items, url))
         require_valid(tokens)
+        start = find_start(place, config.train, bring=True)
         manifest.before = before = run.stage(
-            "before", lambda: score_model(config.model, config.eval, base, None, url, "before")
+            "before", lambda: score_model(config.model, config.eval, base, start, url, "before")
         )
+        if start:
+            run.note("before", f"base and what it goes on from, {config.train.start_from}")
         manifest.adapter = adapter = run.stage(
-            "train", lambda: train_adapter(config.model, config.train, base, tokens, url, run.manifest.run_id)
+            "train", lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id)
         )
         manifest.after = after = run.stage(
             "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
@@ -153,6 +156,9 @@ class Run:
                 state.uri = record.artifact.uri
                 state.status = "reused" if record.artifact.reused else "computed"
         return record
+
+    def note(self, name: str, what: str) -> None:
+        self.manifest.stages[name].note = what
 
     def skip(self, *names: str, why: str) -> None:
         for name in names:

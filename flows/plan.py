@@ -39,7 +39,7 @@ from tasks.core.stages import (
 from tasks.core.store import Store, find_artifact
 from tasks.data.sources import prompts_digest, source_digests
 from tasks.evaluation.suite import suite_digest
-from tasks.models.base import locate_base
+from tasks.models.base import check_max_tokens, locate_base
 from tasks.training.trackers import check_trackers
 
 Found = TypeVar("Found", bound=ArtifactRecord)
@@ -91,7 +91,7 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
         stages.append(PlannedStage(name, "reuse" if found else "compute", found.artifact.uri if found else None))
         return found
 
-    source = locate(lambda: locate_base(recipe.model))
+    source = locate(lambda: locate_base(recipe.model, weights=False))
     sources = locate(lambda: source_digests(recipe.data))
     suite = suite_digest(recipe.eval)
     trust = recipe.model.trust_remote_code
@@ -99,11 +99,14 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
     dataset = look("dataset", dataset_stage(recipe.data, sources, items) if sources else None, DatasetRef)
     look("validate", validation_stage(recipe.data, dataset) if dataset else None, DataReport)
     base = look("base", base_stage(recipe.model, source.content) if source else None, BaseRef)
+    if base:
+        check_max_tokens(base, recipe.train.max_tokens)
     tokens = look("tokens", _tokens_stage(recipe, store, dataset, base, items) if dataset and base else None, TokensRef)
-    before = look("before", scores_stage(recipe.eval, suite, base, None, trust) if base else None, ScoreSheet)
+    start = find_start(store, recipe.train)
+    known = base if start or recipe.train.start_from is None else None  # what it goes on from is not in the store yet
+    before = look("before", scores_stage(recipe.eval, suite, known, start, trust) if known else None, ScoreSheet)
     check_trackers(recipe.train.report_to)
-    start = find_start(store, recipe.train.start_from)
-    training = adapter_stage(recipe.train, base, tokens, start and start[1]) if base and tokens else None
+    training = adapter_stage(recipe.train, known, tokens, start) if known and tokens else None
     adapter = look("train", training, AdapterRef)
     after = look(
         "after", scores_stage(recipe.eval, suite, base, adapter, trust) if base and adapter else None, ScoreSheet

@@ -3,7 +3,7 @@
 from prefect import flow
 
 from tasks.core.config import EvalConfig, ModelConfig
-from tasks.core.records import AdapterRef, BaseRef, ScoreSheet
+from tasks.core.records import BaseRef, ScoreSheet, TrainedRef
 from tasks.core.settings import read_settings
 from tasks.core.store import find_artifact, open_store
 from tasks.evaluation.steps import score_model as score_model_task
@@ -15,7 +15,7 @@ def score_model_flow(
     model: ModelConfig,
     evaluation: EvalConfig,
     base: BaseRef,
-    adapter: AdapterRef | None,
+    adapter: TrainedRef | None,
     store_url: str,
     moment: str = "before",
 ) -> ScoreSheet:
@@ -24,7 +24,7 @@ def score_model_flow(
 
 
 def score_model(
-    model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: AdapterRef | None, store_url: str, moment: str
+    model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: TrainedRef | None, store_url: str, moment: str
 ) -> ScoreSheet:
     """Return the scores of a model. What is in the store already needs no subflow, which costs seconds to start."""
     stage = score_model_stage(model, evaluation, base, adapter)

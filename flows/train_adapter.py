@@ -3,8 +3,7 @@
 from prefect import flow
 
 from tasks.core.config import ModelConfig, TrainConfig
-from tasks.core.manifest import find_start
-from tasks.core.records import AdapterRef, BaseRef, TokensRef
+from tasks.core.records import AdapterRef, BaseRef, TokensRef, TrainedRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import adapter_stage
 from tasks.core.store import find_artifact, open_store
@@ -13,17 +12,28 @@ from tasks.training.steps import train_adapter as train_adapter_task
 
 @flow(name="train-adapter", flow_run_name="train-{train.method}-r{train.rank}", persist_result=False)
 def train_adapter_flow(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str, run_id: str | None = None
+    model: ModelConfig,
+    train: TrainConfig,
+    base: BaseRef,
+    tokens: TokensRef,
+    start: TrainedRef | None,
+    store_url: str,
+    run_id: str | None = None,
 ) -> AdapterRef:
     """Return the trained adapter."""
-    return train_adapter_task(model, train, base, tokens, store_url, run_id)
+    return train_adapter_task(model, train, base, tokens, start, store_url, run_id)
 
 
 def train_adapter(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str, run_id: str | None = None
+    model: ModelConfig,
+    train: TrainConfig,
+    base: BaseRef,
+    tokens: TokensRef,
+    start: TrainedRef | None,
+    store_url: str,
+    run_id: str | None = None,
 ) -> AdapterRef:
     """Return the trained adapter. What is in the store already needs no subflow, which costs seconds to start."""
     store = open_store(read_settings(store_url))
-    start = find_start(store, train.start_from)
-    done = find_artifact(store, adapter_stage(train, base, tokens, start and start[1]), AdapterRef)
-    return (train_adapter_task if done else train_adapter_flow)(model, train, base, tokens, store_url, run_id)
+    done = find_artifact(store, adapter_stage(train, base, tokens, start), AdapterRef)
+    return (train_adapter_task if done else train_adapter_flow)(model, train, base, tokens, start, store_url, run_id)

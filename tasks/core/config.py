@@ -187,7 +187,9 @@ class TrainConfig(Section):
         "auto", description="Recompute activations to save memory; auto: where they would not fit."
     )
     fast_layers: Annotated[Literal["auto", "off"], YAML_SWITCH] = Field(
-        "auto", description="On a CPU, layers of this project's own where they give the same numbers."
+        "auto",
+        description="Faster layers: on a CPU this project's own, where they give the same numbers; on a GPU "
+        "FlashAttention and Liger's kernels, where they are installed.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]] = Field(

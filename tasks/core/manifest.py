@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from tasks.core.config import Recipe
+from tasks.core.config import Recipe, TrainConfig
 from tasks.core.digest import canonical_json, content_digest, file_sha256
 from tasks.core.errors import ConfigError, ForgetlessError, StoreError
 from tasks.core.records import (
@@ -24,9 +25,11 @@ from tasks.core.records import (
     OllamaRef,
     ScoreSheet,
     TokensRef,
+    TrainedRef,
     TrainPoint,
 )
-from tasks.core.store import Store
+from tasks.core.stages import Stage
+from tasks.core.store import Store, find_artifact, stored
 
 VERSION = 1
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
@@ -129,24 +132,34 @@ def run_ids(store: Store) -> list[str]:
     return sorted(store.list_folders("runs"), key=lambda run_id: run_id.rsplit("-", 3)[1:])
 
 
-def find_start(store: Store, start_from: str | None) -> tuple[Path, str] | None:
-    """Return the folder and the content of the adapter that training goes on from: a folder of PEFT's, or what a run of
-    this store made; None where there is none to go on from. Raises ConfigError."""
-    if start_from is None:
+def find_start(store: Store, train: TrainConfig, bring: bool = False) -> TrainedRef | None:
+    """Return what a training goes on from: what a run of this store made, or a folder of PEFT's, which is first brought
+    into the store where `bring` says so. None where there is nothing to go on from, or not yet. Raises ConfigError."""
+    if train.start_from is None:
         return None
-    folder = Path(start_from)
-    if folder.is_absolute():
-        files = sorted(folder.glob("*.safetensors"))
-        if not (folder / "adapter_config.json").is_file() or not files:
+    folder = Path(train.start_from)
+    if not folder.is_absolute():
+        adapter = read_manifest(store, train.start_from).adapter
+        if adapter is None:
             raise ConfigError(
-                f"train.start_from {folder}: expected a folder with adapter_config.json and safetensors, as PEFT has "
-                "it, or the name of a run."
+                f"train.start_from: run {train.start_from} made no adapter. List the runs with: forgetless runs"
             )
-        return folder, content_digest({p.name: file_sha256(p) for p in (folder / "adapter_config.json", *files)})
-    adapter = read_manifest(store, start_from).adapter
-    if adapter is None:
-        raise ConfigError(f"train.start_from: run {start_from} made no adapter. List the runs with: forgetless runs")
-    return store.local_folder(adapter.artifact), adapter.artifact.content
+        return adapter
+    settings = "config.json" if train.method == "full" else "adapter_config.json"
+    if not (folder / settings).is_file() or not list(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"train.start_from {folder}: expected a folder with {settings} and safetensors, as PEFT has it, or the "
+            "name of a run."
+        )
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    stage = Stage("start", 1, [content_digest({p.name: file_sha256(p) for p in files})], {"method": train.method})
+
+    def copy(target: Path) -> dict[str, Any]:
+        for path in files:
+            shutil.copy2(path, target)
+        return {"method": train.method}
+
+    return stored(store, stage, TrainedRef, copy) if bring else find_artifact(store, stage, TrainedRef)
 
 
 class LiveCurve:

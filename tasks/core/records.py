@@ -147,8 +147,13 @@ class TrainPoint(Record):
     """Most that was held so far: of the GPU, or of the process."""
 
 
-class AdapterRef(ArtifactRecord):
+class TrainedRef(ArtifactRecord):
+    """An adapter, or for method full a whole model: what a training made, or goes on from."""
+
     method: str
+
+
+class AdapterRef(TrainedRef):
     trainable_parameters: int
     steps: int
     tokens: int

@@ -45,7 +45,14 @@ def quiet_libraries() -> None:
     """Turn off the telemetry, progress bars and notices of our dependencies that a user cannot act on, and let their
     threads share a busy machine.
     Must run before those libraries are imported; what the user has set in the environment stays."""
-    for name, value in {
+    for name, value in library_settings().items():
+        os.environ.setdefault(name, value)
+
+
+def library_settings() -> dict[str, str]:
+    """Return the environment variables of `quiet_libraries`. Processes started later heed MALLOC_ARENA_MAX."""
+    cores = os.cpu_count() or 1
+    return {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "GX_ANALYTICS_ENABLED": "false",
@@ -59,5 +66,8 @@ def quiet_libraries() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TQDM_DISABLE": "1",  # lm-eval's and transformers' bars; ours show the same work with its stage
         "BITSANDBYTES_NOWELCOME": "1",
-    }.items():
-        os.environ.setdefault(name, value)
+        # oneDNN and torch keep the code of every shape they met, 0.2 MB each: without a limit, 0.3 GB more each step.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(64 * max(2, cores)),
+        "LRU_CACHE_CAPACITY": "128",
+        "MALLOC_ARENA_MAX": str(max(2, cores)),
+    }

@@ -10,7 +10,7 @@ from typing import Any
 from tasks.core.config import DataConfig, EvalConfig, ExportConfig, ModelConfig, ReplayConfig, TrainConfig
 from tasks.core.digest import file_sha256, stage_key
 from tasks.core.hardware import device_class, resolve_dtype
-from tasks.core.records import AdapterRef, BaseRef, DatasetRef, ModelRef, ReplayRef, ScoreSheet, TokensRef
+from tasks.core.records import AdapterRef, BaseRef, DatasetRef, ModelRef, ReplayRef, ScoreSheet, TokensRef, TrainedRef
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def validation_stage(config: DataConfig, dataset: DatasetRef) -> Stage:
 
 
 def scores_stage(
-    config: EvalConfig, suite: str, base: BaseRef, adapter: AdapterRef | None, trust_remote_code: bool
+    config: EvalConfig, suite: str, base: BaseRef, adapter: TrainedRef | None, trust_remote_code: bool
 ) -> Stage:
     """`suite` identifies the items and prompts. Precision and device class are in the key: they alone flip items."""
     section = {
@@ -87,8 +87,8 @@ NOT_IN_AN_ADAPTER = {"max_tokens", "retention_texts", "checkpoint_minutes", "rep
 """Settings of training that change no byte of the adapter, or that count by their content."""
 
 
-def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: str | None = None) -> Stage:
-    """`start` is the content of the adapter that training goes on from."""
+def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: TrainedRef | None = None) -> Stage:
+    """`start` is what training goes on from."""
     section = {
         **config.model_dump(mode="json", exclude=NOT_IN_AN_ADAPTER),
         "dtype": resolve_dtype(config.dtype),
@@ -96,7 +96,8 @@ def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: 
     }
     watched = Path(config.retention_texts) if config.retention_texts else None
     more = [file_sha256(watched)] if watched and watched.is_file() else []
-    return Stage("adapter", 3, [base.artifact.content, tokens.digest, *([start] if start else []), *more], section)
+    begun = [start.artifact.content] if start else []
+    return Stage("adapter", 4, [base.artifact.content, tokens.digest, *begun, *more], section)
 
 
 def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet) -> Stage:

@@ -118,7 +118,11 @@ def tokenise_dataset(
     max_tokens: int,
     store_url: str,
 ) -> TokensRef:
-    """Return both splits as the token sequences that training reads, with the report on them and a coloured sample."""
+    """Return both splits as the token sequences that training reads, with the report on them and a coloured sample.
+    Raises ConfigError where `max_tokens` are more than the base reads."""
+    from tasks.models.base import check_max_tokens
+
+    check_max_tokens(base, max_tokens)
     store = open_store(read_settings(store_url))
 
     def make(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from prefect import task
 from tasks.core.config import EvalConfig, ModelConfig
 from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
-from tasks.core.records import AdapterRef, BaseRef, ForgettingReport, ItemScore, ItemsRef, ScoreSheet
+from tasks.core.records import BaseRef, ForgettingReport, ItemScore, ItemsRef, ScoreSheet, TrainedRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import Stage, comparison_stage, items_stage, precision, scores_stage
 from tasks.core.store import Store, open_store, stored
@@ -37,7 +37,7 @@ def list_evaluation_items(evaluation: EvalConfig, store_url: str) -> ItemsRef:
 
 @task(name="score-model", task_run_name="score-{moment}", **STAGE_OPTIONS)
 def score_model(
-    model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: AdapterRef | None, store_url: str, moment: str
+    model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: TrainedRef | None, store_url: str, moment: str
 ) -> ScoreSheet:
     """Return the scores of the base, or of base and adapter as they will be shipped; items are in the store.
 
@@ -77,7 +77,7 @@ def score_model(
     return stored(store, stage, ScoreSheet, make)
 
 
-def score_model_stage(model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: AdapterRef | None) -> Stage:
+def score_model_stage(model: ModelConfig, evaluation: EvalConfig, base: BaseRef, adapter: TrainedRef | None) -> Stage:
     """Return what the scores of a model depend on."""
     from tasks.evaluation.suite import suite_digest
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from tasks.core.config import ModelConfig
 from tasks.core.digest import content_digest, file_sha256
-from tasks.core.errors import ModelError
+from tasks.core.errors import ConfigError, ModelError
 from tasks.core.records import BaseRef
 from tasks.core.store import Store
 
@@ -33,15 +33,19 @@ class BaseSource:
     revision: str | None = None
 
 
-def locate_base(config: ModelConfig) -> BaseSource:
-    """Return where the base is, downloading a Hub id that is not cached. Raises ModelError, saying what to do."""
+def locate_base(config: ModelConfig, weights: bool = True) -> BaseSource:
+    """Return where the base is, downloading a Hub id that is not cached, without its `weights` where a plan needs none.
+    Raises ModelError, saying what to do."""
     path = _local_path(config.base)
     if path is None:
-        path, commit = _hub_folder(config.base, config.revision, HUB_FILES)
+        path, commit = _hub_folder(config.base, config.revision, HUB_FILES if weights else TOKENIZER_FILES)
+        _refuse_quantised(path, config.base)
         return BaseSource("hub", path, f"hub:{config.base}@{commit}", commit)
     if path.suffix == ".gguf":
         return _gguf(path)
-    return BaseSource("folder", path, _folder_content(path))
+    content = _folder_content(path)
+    _refuse_quantised(path, config.base)
+    return BaseSource("folder", path, content)
 
 
 def locate_tokenizer(config: ModelConfig, scratch: Path) -> Path:
@@ -56,6 +60,31 @@ def locate_tokenizer(config: ModelConfig, scratch: Path) -> Path:
 
     write_gguf_tokenizer(path, scratch)
     return scratch
+
+
+def check_max_tokens(base: BaseRef, max_tokens: int) -> None:
+    """Raise ConfigError where conversations may be longer than what the base was made for."""
+    if max_tokens > base.max_tokens:
+        raise ConfigError(
+            f"train.max_tokens is {max_tokens:,}, but {base.source} reads at most {base.max_tokens:,} tokens. Lower "
+            "it: longer conversations are then left out and counted."
+        )
+
+
+def _refuse_quantised(folder: Path, name: str) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} is not readable: {error}. Download or copy the model again."
+        ) from None
+    if found := config.get("quantization_config"):
+        kind = " ".join(filter(None, (found.get("quant_method"), found.get("bnb_4bit_quant_type"))))
+        raise ModelError(
+            f"The base model {name} is quantised already ({kind or 'of an unknown kind'}), so an adapter could not be "
+            "merged into what it was trained on. Name the 16-bit model it was made from; train.method=qlora quantises "
+            "that."
+        )
 
 
 def _local_path(name: str) -> Path | None:

@@ -182,11 +182,5 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     else:
-        trim_heap()
-
-
-def trim_heap() -> None:
-    """Give the system back what the heap holds in vain. Garbage is not collected first: that takes a quarter of a
-    second in a process with these libraries."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere the allocator decides
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with contextlib.suppress(OSError, AttributeError):  # glibc only; elsewhere the allocator decides
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -16,7 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tasks.core.errors import StoreError
+
 LAST, BEST = "last", "best"
+MOMENTS = 2  # that Adam holds of each parameter
 
 
 @dataclass
@@ -37,10 +40,36 @@ class Progress:
     notes: list[str] = field(default_factory=list)
 
 
+def check_space(folder: Path, parameters: list[torch.nn.Parameter], keeps_best: bool) -> None:
+    """Raise StoreError unless the checkpoints of a training have room on the disk: the last, the one to take its place,
+    and the best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = (2 + keeps_best) * (1 + MOMENTS) * sum(p.nbytes for p in parameters)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StoreError(
+            f"The checkpoints of this training need {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB "
+            "free. Free some space, or choose another place with --store."
+        )
+
+
 def save_checkpoint(
     folder: Path, name: str, parameters: list[torch.nn.Parameter], optimizer: Any, scaler: Any, progress: Progress
 ) -> None:
-    """Write a checkpoint as `folder`/`name`; a former one of that name stays until this is whole."""
+    """Write a checkpoint as `folder`/`name`; a former one of that name stays until this is whole. Raises StoreError."""
+    try:
+        _save(folder, name, parameters, optimizer, scaler, progress)
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        shutil.rmtree(folder / f"{name}.new", ignore_errors=True)
+        raise StoreError(
+            f"The checkpoint of step {progress.step} could not be written to {folder}: {error}. Free some space; the "
+            "same command goes on from the checkpoint before it."
+        ) from None
+
+
+def _save(
+    folder: Path, name: str, parameters: list[torch.nn.Parameter], optimizer: Any, scaler: Any, progress: Progress
+) -> None:
     new = folder / f"{name}.new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

@@ -6,29 +6,33 @@ The gradient is formed while a chunk's logits are at hand, so that the backward 
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, softmax
+from torch.nn.functional import softmax
 
-CHUNK_ROWS = 128  # x 49,152 words in float32 are 25 MB
+from tasks.training.products import Product
+
+CHUNK_BYTES = 64 << 20  # of logits in the compute type
+WIDE_ROWS = 32  # are in float32 at a time: x 49,152 words 6 MB, about what a core's cache holds
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if needs_gradient else None
+    def forward(ctx: Any, hidden: torch.Tensor, head: Product, labels: torch.Tensor) -> torch.Tensor:
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            target = labels[part, None]
-            logits = linear(hidden[part], head)
-            most, place = logits.max(-1, keepdim=True)
-            shares = softmax(logits, -1, dtype=torch.float32)
-            # log of the sum of all exponentials, by the likeliest word: its share is never too small for a logarithm.
-            norm = most.float() - shares.gather(1, place).log()
-            total += (norm - logits.gather(1, target).float()).sum()
-            if gradient is not None:  # the shares, less the label's one
-                shares.scatter_add_(1, target, torch.full_like(target, -1, dtype=shares.dtype))
-                torch.mm(shares.to(hidden.dtype), head, out=gradient[part])
+        rows = max(1, CHUNK_BYTES // (hidden.element_size() * head.outputs))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = head.forward(hidden[part])
+            for few, target in zip(logits.split(WIDE_ROWS), labels[part, None].split(WIDE_ROWS), strict=True):
+                most, place = few.max(-1, keepdim=True)
+                shares = softmax(few, -1, dtype=torch.float32)
+                # log of the sum of all exponentials, by the likeliest word: its share is never too small for a log.
+                norm = most.float() - shares.gather(1, place).log()
+                total += (norm - few.gather(1, target).float()).sum()
+                # The gradient of the logits, in their place: the shares, less the label's one.
+                few.copy_(shares.scatter_add_(1, target, torch.full_like(target, -1, dtype=shares.dtype)))
+            if gradient is not None:
+                gradient[part] = head.backward(logits)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -38,9 +42,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradients[0], None, None
 
 
-def chunked_loss(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy in nats of `labels` (rows,) by the logits `hidden` (rows, size) @ `head`
-    (words, size) transposed. `head` gets no gradient: it is for a frozen projection without bias."""
+def chunked_loss(hidden: torch.Tensor, head: Product, labels: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy in nats of `labels` (rows,) by the logits that the vocabulary projection `head`
+    makes of `hidden` (rows, size)."""
     result = _ChunkedLoss.apply(hidden, head, labels)
     assert isinstance(result, torch.Tensor)
     return result

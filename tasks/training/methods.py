@@ -3,7 +3,9 @@
 The loop around it is the trainer's. Merging and scoring what was trained is `tasks.models.load.load_shipped`.
 """
 
+import contextlib
 import difflib
+import importlib.util
 import json
 import re
 import shutil
@@ -27,6 +29,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
 
 from tasks.core.config import TrainConfig
 from tasks.core.errors import ConfigError
@@ -72,10 +75,24 @@ def open_trainable(
         return _open_whole(base, dtype, device, trust_remote_code, start_from)
     quantised = {"nf4": config.method == "qlora", "int8": config.method == "int8"}
     model = load_model(base, dtype, device, trust_remote_code=trust_remote_code, **quantised)
+    if device == "cuda" and config.fast_layers == "auto" and config.method not in ("prefix", "prompt"):
+        _use_gpu_kernels(model, dtype)
     model = add_adapter(model, config)
     if start_from is not None:
         _resume(model, start_from)
     return model
+
+
+def _use_gpu_kernels(model: Any, dtype: torch.dtype) -> None:
+    """Let FlashAttention and Liger's kernels do what they can of this model, where they are installed. Both keep packed
+    conversations apart by their positions. The loss stays ours: it reads the decoder's output."""
+    if is_flash_attn_2_available() and dtype != torch.float32:
+        with contextlib.suppress(ValueError, ImportError):  # not every model has it
+            model.set_attn_implementation("flash_attention_2")
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
 
 
 def _open_whole(base: Path, dtype: torch.dtype, device: str, trust_remote_code: bool, start_from: Path | None) -> Any:

@@ -9,9 +9,9 @@ from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from tasks.core.config import ModelConfig, TrainConfig
-from tasks.core.manifest import LiveCurve, find_start
+from tasks.core.manifest import LiveCurve
 from tasks.core.progress import report_progress
-from tasks.core.records import AdapterRef, BaseRef, TokensRef, TrainPoint
+from tasks.core.records import AdapterRef, BaseRef, TokensRef, TrainedRef, TrainPoint
 from tasks.core.settings import read_settings
 from tasks.core.stages import adapter_stage
 from tasks.core.store import open_store, stored
@@ -23,13 +23,18 @@ SHOWN_SECONDS = 10.0
 
 @task(name="train-adapter", **STAGE_OPTIONS)
 def train_adapter(
-    model: ModelConfig, train: TrainConfig, base: BaseRef, tokens: TokensRef, store_url: str, run_id: str | None = None
+    model: ModelConfig,
+    train: TrainConfig,
+    base: BaseRef,
+    tokens: TokensRef,
+    start: TrainedRef | None,
+    store_url: str,
+    run_id: str | None = None,
 ) -> AdapterRef:
-    """Return the trained adapter; its weights and training curve are in the store. `run_id` is the run whose live curve
-    this is."""
+    """Return the trained adapter, which goes on from `start`; its weights and training curve are in the store. `run_id`
+    is the run whose live curve this is."""
     store = open_store(read_settings(store_url))
-    start = find_start(store, train.start_from)
-    stage = adapter_stage(train, base, tokens, start and start[1])
+    stage = adapter_stage(train, base, tokens, start)
     checkpoints = store.kept_folder(f"training-{stage.key}")
 
     def make(folder: Path) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def train_adapter(
             "tokens": str(store.local_folder(tokens.artifact)),
             "out": str(folder),
             "checkpoints": str(checkpoints),
-            "start_from": str(start[0]) if start else None,
+            "start_from": str(store.local_folder(start.artifact)) if start else None,
         }
         trackers = {
             "run_name": run_id or stage.key[:12],

@@ -23,15 +23,16 @@ from tasks.core.errors import DataError, ForgetlessError
 from tasks.core.hardware import device_class, memory_bytes
 from tasks.core.records import TrainPoint
 from tasks.models.encode import Examples, read_examples
-from tasks.models.load import dtype_name, free_memory, pick_dtype, trim_heap
+from tasks.models.load import dtype_name, free_memory, pick_dtype
 from tasks.models.parallel import map_parallel
 from tasks.models.template import Example
 from tasks.models.tokenizer import load_tokenizer
-from tasks.training.checkpoints import BEST, LAST, Progress, load_best, load_checkpoint, save_checkpoint
+from tasks.training.checkpoints import BEST, LAST, Progress, check_space, load_best, load_checkpoint, save_checkpoint
 from tasks.training.chunked_loss import chunked_loss
 from tasks.training.curve import explain_onset, find_onset, runs_away
 from tasks.training.methods import open_trainable, parameter_groups, save_trained
 from tasks.training.packing import Pack, make_pack, pack_examples, plan_steps
+from tasks.training.products import Product
 
 OnStep = Callable[[int, int, TrainPoint], None]
 RETENTION_TEXTS = 64
@@ -81,6 +82,7 @@ def train_adapter(
     run = _Run(model, config, device, dtype, check=held_out if _is_neutral(config) else [])
     groups = parameter_groups(model, config)
     parameters = [p for group in groups for p in group["params"]]
+    check_space(places.checkpoints, parameters, bool(config.early_stopping))
     optimizer = _optimizer(groups, config)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
@@ -133,8 +135,6 @@ def train_adapter(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             run.refresh()
-            if device == "cpu":  # packs of ever other lengths fragment its heap, which else grows by 0.3 GB a step
-                trim_heap()
             progress.seen_tokens += tokens
             progress.supervised_tokens += labels
             point = TrainPoint(
@@ -218,7 +218,8 @@ class _Run:
         if device == "cpu" and config.method in ("lora", "qlora") and config.fast_layers == "auto":
             from tasks.training.cpu_layers import CpuLayers
 
-            self.layers = CpuLayers(self.base)
+            self.layers = CpuLayers(self.base, self.head.weight if self.head else None)
+            self.head = self.layers.head or self.head
         if expected is not None:
             self._check(expected, check)
 
@@ -366,13 +367,13 @@ class _Run:
             self.layers.refresh()
 
 
-def _frozen_head(base: Any) -> torch.Tensor | None:
-    """Return the weight of the vocabulary projection where it is a frozen plain one, else None."""
+def _frozen_head(base: Any) -> Product | None:
+    """Return the vocabulary projection where it is a frozen plain one, else None."""
     head = base.get_output_embeddings()
     special = ("final_logit_softcapping", "logits_scaling", "logit_scale")
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return None
-    return None if any(getattr(base.config, name, None) for name in special) else head.weight
+    return None if any(getattr(base.config, name, None) for name in special) else Product(head.weight)
 
 
 def _is_neutral(config: TrainConfig) -> bool:

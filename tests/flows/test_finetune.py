@@ -1,6 +1,7 @@
 """The main job, end to end through Prefect on a real tiny model: every stage real, then every stage reused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,8 @@ def test_the_gate_stops_before_the_merge_with_its_exit_code(
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     settings = yaml.safe_load(recipe.read_text())
     _, text, choices = settings["eval"]["capabilities"]
-    # Six items cannot show a gain, whatever was learned.
+    # Three items cannot show a gain, whatever was learned: three gained of three is no more than 1.73 standard errors.
+    settings["eval"]["limit"] = 3
     settings["eval"]["capabilities"] = [{**choices, "role": "target"}, text]
     strict = recipe.with_name("strict.yaml")
     strict.write_text(yaml.safe_dump(settings))
@@ -177,6 +179,67 @@ def test_without_an_ollama_export_says_what_to_do(
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     assert main(["export", run_ids(finished)[0], "--to", "ollama", "--store", str(finished.root)]) == 1
     assert "No Ollama answers at http://127.0.0.1:9. Start it (ollama serve)" in capsys.readouterr().err
+
+
+def test_a_second_task_is_measured_against_what_the_first_left(
+    finished: FileStore, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continual learning: the adapter of the first run goes on, and its task is what must not be forgotten."""
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    first = read_manifest(finished, run_ids(finished)[0])
+    sounds = {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "pig": "oink", "lion": "roar"}
+    rows = [
+        {"instruction": f"What does a {animal} say, {i} times?", "input": "", "output": f"Every {animal} says {sound}!"}
+        for i in range(8)
+        for animal, sound in sounds.items()
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    chats = [
+        {"messages": [{"role": "user", "content": f"And the {a}?"}, {"role": "assistant", "content": f"{a} says {s}!"}]}
+        for a, s in sounds.items()
+    ]
+    settings = yaml.safe_load(recipe.read_text())
+    colours, *others = settings["eval"]["capabilities"]
+    task = {"name": "sounds", "conversations": write_lines(tmp_path / "sounds.jsonl", chats)}
+    settings["eval"]["capabilities"] = [
+        {"name": "sounds", "role": "target", "measure": "bits_per_byte", "tasks": [task]},
+        {**colours, "role": "retention", "budget": 5},
+        *others,
+    ]
+    settings["name"] = "second"
+    settings["train"]["start_from"] = first.run_id
+    settings["export"] = {"quantisations": ["q8_0"], "ollama": False}
+    path = tmp_path / "second.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["run", str(path), "--store", str(finished.root), "--json"]) == 0
+    second = read_manifest(finished, "latest")
+    assert second.stages["before"].note == f"base and what it goes on from, {first.run_id}"
+    gained, kept = second.report.capabilities[:2]
+    assert (gained.name, gained.status) == ("sounds", "gained")
+    # What the first task is compared with is not the base, which never learned it.
+    assert (kept.name, kept.role) == ("chat", "retention")
+    after_first = first.report.capabilities[0]
+    assert kept.before == pytest.approx(after_first.after, rel=1e-3)
+    assert kept.before < after_first.before - 0.1
+    assert kept.delta == pytest.approx(100 * (kept.before - kept.after) / kept.before)
+    assert kept.low < kept.delta < kept.high
+
+
+def test_a_folder_of_peft_is_gone_on_from_as_well(
+    finished: FileStore, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    first = read_manifest(finished, run_ids(finished)[0])
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished.local_folder(first.adapter.artifact), folder)
+    words = [str(recipe), "--store", str(finished.root), "--set", f"train.start_from={folder}", "--json"]
+    assert main(["plan", *words]) == 0
+    assert not list(finished.root.glob("artifacts/start/*")), "a plan writes nothing"
+    assert main(["run", *words, "--set", "train.epochs=1", "--set", "export.ollama=false"]) == 0
+    second = read_manifest(finished, "latest")
+    assert second.report.capabilities[0].before == pytest.approx(first.report.capabilities[0].after, rel=1e-3)
+    (folder / "adapter_model.safetensors").unlink()
+    assert main(["run", *words]) == 2
 
 
 def test_rejected_data_stops_the_run_before_any_model_is_loaded(

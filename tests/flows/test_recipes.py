@@ -51,6 +51,25 @@ def test_what_is_here_is_planned_as_ever(tmp_path: Path, capsys: pytest.CaptureF
     assert "Note: The base model owner/name is not in the local cache" in capsys.readouterr().out
 
 
+def test_a_plan_downloads_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("c0ffee" + "0" * 34)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert main(["plan", "quickstart", "--set", "model.base=owner/name", "--json", "--store", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] == str(folder)
+    assert asked
+    assert not any("safetensors" in pattern for patterns in asked for pattern in patterns)
+
+
 @pytest.mark.usefixtures("_no_network")
 def test_a_run_still_refuses_what_is_out_of_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "quickstart", "--data", "owner/name", "--store", str(tmp_path / "store")]) == 3

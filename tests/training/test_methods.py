@@ -529,3 +529,16 @@ def test_gpt2_refuses_what_its_layers_cannot_have(options: dict[str, Any]) -> No
     model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=256, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(ConfigError, match=r"does not fit"):
         add_adapter(model, config(**options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which no machine of ours has had")
+def test_gpu_kernels_give_the_loss_of_the_librarys_layers(tiny_folder: Path, tmp_path: Path) -> None:
+    pack = make_pack([Example(list(range(5, 40)), [True] * 35), Example(list(range(50, 70)), [True] * 20)])
+    losses = []
+    for layers in ("auto", "off"):
+        config = TrainConfig(method="lora", rank=4, alpha=8, fast_layers=layers)
+        model = open_trainable(tiny_folder, config, torch.bfloat16, "cuda", False, None)
+        logits = model(input_ids=pack.ids.cuda(), position_ids=pack.positions.cuda(), use_cache=False).logits
+        losses.append(torch.nn.functional.cross_entropy(logits[0, pack.kept].float(), pack.labels.cuda()).item())
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)

@@ -1,19 +1,23 @@
 """Training on a real tiny model: it learns, it is reproducible, and what is shipped is what was trained."""
 
+import errno
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import PeftModel
 
 from tasks.core.config import TrainConfig
-from tasks.core.errors import ConfigError, DataError, ForgetlessError
+from tasks.core.errors import ConfigError, DataError, ForgetlessError, StoreError
 from tasks.core.records import TrainPoint
 from tasks.models.load import load_model, load_shipped
 from tasks.training import trainer
+from tasks.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from tasks.training.packing import Pack
 from tasks.training.trainer import Places, schedule, train_adapter
 
@@ -119,6 +123,31 @@ def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(
     assert whole == broken
 
 
+def test_no_space_for_checkpoints_is_said_before_any_step(
+    tiny_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("tasks.training.checkpoints.shutil.disk_usage", lambda _: usage(1, 1, 1 << 10))
+    with pytest.raises(StoreError, match=r"need 0\.\d GiB, and .* has 0\.0 GiB free. Free some space"):
+        train(tiny_folder, tokens, tmp_path / "a", config())
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([parameter]), torch.amp.GradScaler("cpu", enabled=False)
+    save_checkpoint(tmp_path, "last", [parameter], optimizer, scaler, Progress(step=1))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("tasks.training.checkpoints.save_file", Mock(side_effect=full))
+    with pytest.raises(StoreError, match="checkpoint of step 2 could not be written to .*No space left on device"):
+        save_checkpoint(tmp_path, "last", [parameter], optimizer, scaler, Progress(step=2))
+    found = load_checkpoint(tmp_path, "last", [parameter], optimizer, scaler)
+    assert found is not None
+    assert found.step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
 def test_memory_that_runs_out_makes_packs_smaller_and_changes_no_step(
     tiny_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +237,7 @@ def test_layers_that_give_another_loss_are_refused_before_the_first_step(
     tiny_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "tasks.training.cpu_layers._probabilities", lambda q, k, r: torch.rand(*q.shape[:2], k.shape[1])
+        "tasks.training.cpu_attention._probabilities", lambda q, k, r: torch.rand(*q.shape[:2], k.shape[1])
     )
     with pytest.raises(ForgetlessError, match=r"must change nothing, but the loss is .* Set train.fast_layers=off"):
         train(tiny_folder, tokens, tmp_path / "a", config())

@@ -1,0 +1,63 @@
+"""Products with a frozen weight, x W' + bias and dy W, as each kind of weight is multiplied fastest."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+Tensor = torch.Tensor
+
+
+class Product:
+    """A weight W (outputs, inputs) as it is. `x` and `dy` have shape (rows, inputs) and (rows, outputs)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+        self.outputs = len(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def backward(self, dy: Tensor) -> Tensor:
+        return torch.mm(dy, self.weight)
+
+
+class Nf4Product(Product):
+    """W of several 4-bit layers end to end, made anew each time: a few percent of the time, an eighth of the memory."""
+
+    def __init__(self, layers: list[Any], bias: Tensor | None) -> None:
+        self.layers, self.bias = layers, bias
+        self.outputs = sum(layer.out_features for layer in layers)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        from bitsandbytes.functional import dequantize_4bit
+
+        parts = [dequantize_4bit(x.weight.data, x.weight.quant_state).to(x.compute_dtype) for x in self.layers]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class ArrangedProduct(Product):
+    """W as oneDNN wants it, once for each direction: it would be rearranged at every call. Twice the memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        arrange = torch.ops.mkldnn._reorder_linear_weight
+        self.onward, self.back = arrange(weight, None), arrange(weight.t().contiguous(), None)
+        self.bias = bias
+        self.outputs = len(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.onward, self.bias, "none", [], "")
+
+    def backward(self, dy: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), self.back, None, "none", [], "")
+
+
+def can_arrange() -> bool:
+    """Return whether oneDNN multiplies bfloat16 here, and torch has the operations that its compiler uses for it."""
+    ops = torch.ops.mkldnn
+    return (
+        bool(ops._is_mkldnn_bf16_supported())
+        and hasattr(ops, "_linear_pointwise")
+        and hasattr(ops, "_reorder_linear_weight")
+    )
