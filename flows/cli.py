@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     add("runs", _runs, "List the runs in the store.", output)
     show = add("show", _show, "Show one run.", output)
     show.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    compare = add("compare", _compare, "Say what differs between finished runs, item by item.", output)
+    compare.add_argument("first", metavar="RUN", help="the run that the others are compared with, or latest")
+    compare.add_argument("others", metavar="RUN", nargs="+", help="runs scored on the same items")
     chat = add("chat", _chat, "Chat with a run's exported model in the terminal.")
     chat.add_argument("run", metavar="RUN", help="a run's name, or latest")
     chat.add_argument("--prompt", help="ask this once and exit")
@@ -229,6 +232,23 @@ def _show(arguments: argparse.Namespace) -> int:
         print(manifest.model_dump_json())
     else:
         show_summary(manifest, store)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_comparison
+    from tasks.core.manifest import read_manifest
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+    from tasks.evaluation.forgetting import compare_runs
+
+    store = open_store(read_settings(arguments.store))
+    first = read_manifest(store, arguments.first)
+    found = [compare_runs(store, first, read_manifest(store, other)) for other in arguments.others]
+    if arguments.json:
+        _print_json([c.model_dump(mode="json") for c in found])
+    else:
+        show_comparison(found)
     return 0
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tasks.core.manifest import STAGES, RunManifest
 from tasks.core.progress import watch_progress
-from tasks.core.records import Delta
+from tasks.core.records import Delta, RunComparison
 from tasks.core.store import Store
 
 if TYPE_CHECKING:
@@ -233,6 +233,19 @@ def show_runs(manifests: list[RunManifest], store: Store) -> None:
             f"{m.seconds:.0f} s" if m.seconds is not None else "",
         )
     console.print(table)
+
+
+def show_comparison(comparisons: list[RunComparison]) -> None:
+    console = _console()
+    for c in comparisons:
+        console.print(f"\n[bold]{c.second}[/] against {c.first}\n")
+        console.print(delta_table([*c.capabilities, *c.tasks]))
+        changed = Table.grid(padding=(0, 2))
+        for key, (before, after) in c.changed.items():
+            changed.add_row(Text(key, "dim"), Text(f"{before} → {after}"))
+        console.print("\n[bold]What was set differently[/]" if c.changed else "\nBoth have the same settings.")
+        console.print(changed)
+    console.print("\nIntervals speak of other items, not of other seeds: these adapters only.", style="dim")
 
 
 def show_findings(findings: "list[Finding]") -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from flows.cli import _parser
-from tasks.core.config import Recipe
+from tasks.core.config import Recipe, TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -43,6 +43,18 @@ def test_every_recipe_shown_is_valid(name: str) -> None:
     assert recipes
     for recipe in recipes:
         assert Recipe.model_validate(recipe).name == recipe["name"]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_benchmark_and_its_form_are_shown(name: str) -> None:
+    from tasks.evaluation.benchmarks import BENCHMARKS
+
+    text = (ROOT / name).read_text(encoding="utf-8")
+    (shown,) = (b for b in blocks(name, "yaml") if b.startswith("tasks:"))
+    (task,) = yaml.safe_load(shown)["tasks"]
+    assert TaskConfig.model_validate(task).name in BENCHMARKS
+    for benchmark in BENCHMARKS:
+        assert f"`{benchmark}`" in text
 
 
 def test_make_targets_shown_exist() -> None:

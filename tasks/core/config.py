@@ -251,17 +251,24 @@ class TrainConfig(Section):
 
 
 class TaskConfig(Section):
-    """One evaluation task: an lm-eval task by name, or a file of this project's own three shapes."""
+    """One evaluation task: an lm-eval task by name, from the Hub or local rows, or a file of one of three shapes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     conversations: str | None = Field(None, description="JSONL of chat messages: bits per byte of the answers.")
     texts: str | None = Field(None, description="JSONL with a text field: bits per byte of each text.")
     choices: str | None = Field(None, description="JSONL with context, choices, gold: the right ending among others.")
+    rows: str | None = Field(
+        None, description="Folder or file that holds the rows of lm-eval's task of this name, in place of the Hub."
+    )
+    shots: int | None = Field(None, ge=0, description="Examples before each question; lm-eval's own number if null.")
+    subjects: list[str] = Field([], description="Of a task with subjects, such as mmlu, these alone.")
 
     @model_validator(mode="after")
     def _one_source(self) -> "TaskConfig":
-        if len([f for f in (self.conversations, self.texts, self.choices) if f]) > 1:
-            raise ValueError("a task has one of conversations, texts and choices, or none for an lm-eval task")
+        if len([f for f in (self.conversations, self.texts, self.choices, self.rows) if f]) > 1:
+            raise ValueError("a task has one of conversations, texts, choices and rows, or none for an lm-eval task")
+        if (self.shots is not None or self.subjects) and not self.rows:
+            raise ValueError("shots and subjects go with rows; lm-eval's own tasks from the Hub say both in their name")
         return self
 
     @property
@@ -496,7 +503,7 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
         for capability in capabilities if isinstance(capabilities, list) else []:
             tasks = capability.get("tasks") if isinstance(capability, dict) else None
             for task in tasks if isinstance(tasks, list) else [tasks]:
-                for key in ("conversations", "texts", "choices"):
+                for key in ("conversations", "texts", "choices", "rows"):
                     if isinstance(task, dict) and isinstance(task.get(key), str):
                         task[key] = str((folder / task[key]).absolute())
 

@@ -224,6 +224,19 @@ class ForgettingReport(ArtifactRecord):
     reason: str
 
 
+class RunComparison(Record):
+    """A run's adapter against that of another, `first`: deltas are second minus first."""
+
+    first: str
+    second: str
+    changed: dict[str, tuple[str | None, str | None]]
+    """Settings in which the runs differ: the first's value and the second's."""
+    capabilities: list[Delta]
+    tasks: list[Delta]
+    verdict: Literal["promote", "reject", "inconclusive"]
+    reason: str
+
+
 class ModelRef(ArtifactRecord):
     dtype: str
 

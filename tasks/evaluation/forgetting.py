@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks.core.config import CapabilityConfig, EvalConfig
 from tasks.core.errors import ComparisonError
+from tasks.core.manifest import RunManifest
 from tasks.core.paired import (
     PairedChange,
     Retention,
@@ -18,9 +19,11 @@ from tasks.core.paired import (
     mean_change,
     ratio_change,
 )
-from tasks.core.records import Delta, ItemScore, ScoreSheet, TaskScore
+from tasks.core.records import Delta, ItemScore, RunComparison, ScoreSheet, TaskScore
+from tasks.core.store import Store
 
 Pairs = list[tuple[ItemScore, ItemScore]]
+ITEMS = "items.jsonl"
 
 
 def compare_scores(
@@ -85,6 +88,39 @@ def compare_scores(
         "verdict": verdict.outcome,
         "reason": verdict.reason,
     }
+
+
+def compare_runs(store: Store, first: RunManifest, second: RunManifest) -> RunComparison:
+    """Return what a run's adapter does better or worse than that of `first`, on the items both were scored on. Raises
+    ComparisonError where they were not scored on the same."""
+    for run in (first, second):
+        if run.after is None:
+            raise ComparisonError(f"Run {run.run_id} was not scored after its training: it is {run.status}.")
+    assert first.after and second.after
+    sheets = [(sheet, read_items(store, sheet)) for sheet in (first.after, second.after)]
+    try:
+        fields = compare_scores(first.recipe.eval, *sheets[0], *sheets[1])
+    except ComparisonError as error:
+        raise ComparisonError(f"{second.run_id} against {first.run_id}: {error}") from None
+    settings = [_flat(run.recipe.model_dump(mode="json", exclude={"name", "description"})) for run in (first, second)]
+    changed = {
+        key: (settings[0].get(key), settings[1].get(key))
+        for key in sorted({*settings[0], *settings[1]})
+        if settings[0].get(key) != settings[1].get(key)
+    }
+    return RunComparison(first=first.run_id, second=second.run_id, changed=changed, **fields)
+
+
+def read_items(store: Store, sheet: ScoreSheet) -> list[ItemScore]:
+    lines = (store.local_folder(sheet.artifact) / ITEMS).read_text(encoding="utf-8").splitlines()
+    return [ItemScore.model_validate_json(line) for line in lines]
+
+
+def _flat(node: Any, before: str = "") -> dict[str, str]:
+    """Return what is in nested settings, each under its whole name, as text."""
+    if isinstance(node, dict) and node:
+        return {k: v for name, value in node.items() for k, v in _flat(value, f"{before}{name}.").items()}
+    return {before.removesuffix("."): str(node)}
 
 
 def _check_settings(before: ScoreSheet, after: ScoreSheet) -> None:

@@ -29,15 +29,15 @@ def score_model(
     """Return the scores of every task in `config`, and one record per item. Deterministic for the same model.
 
     Raises ConfigError for unknown tasks, ForgetlessError where a task's data cannot be had."""
-    tasks, manager = build_tasks(config, tokenizer)
+    suite = build_tasks(config, tokenizer)
     backend = SharedPrefixLM(model, tokenizer, config.batch_tokens, on_progress)
     try:
         # lm-eval prints what its own command line would show, bars included; ours stand on the stream they began with.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             results = evaluator.simple_evaluate(
                 model=backend,
-                tasks=tasks,
-                task_manager=manager,
+                tasks=suite.tasks,
+                task_manager=suite.manager,
                 limit=config.limit,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -54,7 +54,7 @@ def score_model(
     scores: list[TaskScore] = []
     items: list[ItemScore] = []
     for name in (t.name for c in config.capabilities for t in c.tasks):
-        leaves = _leaves(name, results)
+        leaves = suite.leaves.get(name) or _leaves(name, results)
         task_items = [
             _item(name, leaf, sample, tokenizer)
             for leaf in leaves

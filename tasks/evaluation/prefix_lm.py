@@ -1,25 +1,39 @@
 """An lm-eval backend that computes each shared prefix once and logits only where they are read.
 
 Requests are sorted, so neighbours share prefixes; a row holds a tree of tokens (a question once, its choices as
-branches), and one forward pass with the tree's ancestor mask scores every branch. Scores are lm-eval's own.
+branches), and one forward pass scores every branch. On a CPU a row goes on from the keys and values of the row before,
+so the examples of a task are computed once too, and the layers are this project's own. Scores are lm-eval's.
 """
 
-from collections.abc import Callable
+import json
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from tasks.core.errors import ConfigError
+from tasks.evaluation.decode import generate
+from tasks.evaluation.tree import KeysAndValues, Text, TokenTree, TreePlan, make_rows, split_evenly
+from tasks.models.cpu_layers import CpuLayers
 from tasks.models.parallel import map_parallel
+from tasks.models.products import frozen_head
 
 Request = tuple[Any, list[int], list[int]]
-# Longer rows waste attention on other items' tokens on a CPU; a GPU is kept busy by long ones.
-ROW_TOKENS = {"cpu": 384, "cuda": 8192}
+Result = tuple[float, bool]
+PLANNED_TOKENS = 768  # of a row on a CPU, with attention that computes nothing in vain
+# With a mask, longer rows waste attention on other items' tokens on a CPU; a GPU is kept busy by long ones.
+MASKED_TOKENS = {"cpu": 384, "cuda": 8192}
+LOGIT_BYTES = 32 << 20  # in float32, at a time
+BATCH = 64  # texts that are generated together
+GREEDY = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}
 
 
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
-    """HFLM on a live model with `_loglikelihood_tokens` replaced; generation stays lm-eval's.
+    """HFLM on a live model, which it may take over: on a CPU its layers are replaced, and it serves nothing else then.
 
     `on_progress(done, total)` counts the requests of one kind."""
 
@@ -27,10 +41,20 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self, model: Any, tokenizer: Any, row_tokens: int | None, on_progress: Callable[[int, int], None]
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
-        if virtual := getattr(model, "virtual_tokens", 0):  # they take up context that texts cannot have
+        kind = str(self.device).partition(":")[0]
+        virtual = getattr(model, "virtual_tokens", 0)
+        if virtual:  # they take up context that texts cannot have
             self._max_length = self.max_length - virtual
-        self.row_tokens = row_tokens or ROW_TOKENS.get(str(self.device).partition(":")[0], 1024)
+        self.plans, self.head = False, None
+        if kind == "cpu" and not virtual:
+            model.requires_grad_(False)
+            if (head := frozen_head(model)) is not None:
+                if not hasattr(model, "fast_layers"):
+                    model.fast_layers = CpuLayers(model, head.weight)
+                self.plans, self.head = model.fast_layers.shares_prefix, model.fast_layers.head or head
+        self.row_tokens = row_tokens or (PLANNED_TOKENS if self.plans else MASKED_TOKENS.get(kind, 1024))
         self.on_progress = on_progress
+        self._lock = threading.Lock()
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return each text's log-likelihood, all windows of all texts packed together."""
@@ -56,95 +80,164 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             totals[i] += log_likelihood
         return totals
 
+    # --- log-likelihoods ----------------------------------------------------------------------------------------------
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
+    ) -> list[Result]:
         """Return (log-likelihood in nats, whether greedy decoding gives it) of every request's continuation."""
-        # The last token is never an input; a context longer than the model loses its beginning, as in HFLM.
-        inputs = [(context + continuation)[:-1][-self.max_length :] for _, context, continuation in requests]
-        rows: list[TokenTree] = []
-        for i in sorted(range(len(requests)), key=lambda i: inputs[i]):
-            # A single request may be longer than a row; what shares its prefix still joins it.
-            limit = max(self.row_tokens, 2 * len(inputs[i]))
-            if not rows or len(rows[-1].tokens) + rows[-1].count_new(inputs[i]) > limit:
-                rows.append(TokenTree())
-            rows[-1].add(i, inputs[i])
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        texts = []
+        for i, (_, context, continuation) in enumerate(requests):
+            # The last token is never an input; a context longer than the model loses its beginning, as in HFLM.
+            tokens = (context + continuation)[:-1][-self.max_length :]
+            texts.append(Text(i, tokens, len(tokens) - len(continuation)))
+        texts.sort(key=lambda text: text.tokens)
+        results: list[Result] = [(0.0, False)] * len(requests)
         done = 0
-        for scored in map_parallel(lambda row: self._score_row(row, requests), rows):
-            for i, result in scored:
-                results[i] = result
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-            done += len(scored)
-            self.on_progress(done, len(requests))
+
+        def score(part: Sequence[Text]) -> None:
+            nonlocal done
+            past: KeysAndValues = {}
+            for row in make_rows(part, self.row_tokens, goes_on=self.plans):
+                scored, past = self._score_row(row, past, requests)
+                with self._lock:
+                    for i, result in scored:
+                        results[i] = result
+                        if requests[i][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
+                    done += len(scored)
+                    self.on_progress(done, len(requests))
+
+        for _ in map_parallel(score, split_evenly(texts, torch.get_num_threads() if self._device_is_cpu else 1)):
+            pass
         return results
 
+    @property
+    def _device_is_cpu(self) -> bool:
+        return str(self.device).startswith("cpu")
+
     @torch.inference_mode()
-    def _score_row(self, row: "TokenTree", requests: list[Request]) -> list[tuple[int, tuple[float, bool]]]:
-        """Return (request's index, its result) of every request in the row."""
-        read = sorted({node for i, path in row.paths for node in path[-len(requests[i][2]) :]})
-        column = {node: j for j, node in enumerate(read)}
+    def _score_row(
+        self, row: TokenTree, past: KeysAndValues, requests: list[Request]
+    ) -> tuple[list[tuple[int, Result]], KeysAndValues]:
+        """Return (request's index, its result) of every request in the row, and what the next row goes on from."""
+        read = sorted({place for text, path in row.paths for place in path[text.read - row.base :]})
+        column = {place: j for j, place in enumerate(read)}
+        inputs = {
+            "input_ids": torch.tensor([row.tokens], device=self.device),
+            "position_ids": torch.tensor([row.positions], device=self.device),
+            "use_cache": False,
+        }
+        kept: KeysAndValues = {}
+        if self.plans:
+            assert self.head is not None
+            plan = TreePlan(row, past)
+            states = self.model.get_decoder()(**inputs, plan=plan).last_hidden_state[0, read]
+            kept, project = plan.kept, self.head.forward
+        else:
+            inputs |= {"attention_mask": self._mask(row), "logits_to_keep": torch.tensor(read, device=self.device)}
+            states, project = self.model(**inputs).logits[0], lambda logits: logits
+        # What is asked of each column: the continuations' tokens, each for one request.
+        asked = [
+            (column[place], token, i)
+            for i, (text, path) in enumerate(row.paths)
+            for place, token in zip(path[text.read - row.base :], requests[text.index][2], strict=True)
+        ]
+        asked.sort()
+        totals, greedy = [0.0] * len(row.paths), [True] * len(row.paths)
+        rows = max(1, LOGIT_BYTES // (4 * self.model.config.vocab_size))
+        place = 0
+        for first in range(0, len(read), rows):
+            # float32 whatever the model's precision: a bfloat16 sum flips answers by itself.
+            logits = project(states[first : first + rows]).float()
+            norms, best = logits.logsumexp(-1), logits.argmax(-1)
+            end = next((k for k in range(place, len(asked)) if asked[k][0] >= first + rows), len(asked))
+            columns = torch.tensor([c - first for c, _, _ in asked[place:end]], device=self.device)
+            tokens = torch.tensor([token for _, token, _ in asked[place:end]], device=self.device)
+            found = (logits[columns, tokens] - norms[columns]).tolist()
+            right = (best[columns] == tokens).tolist()
+            for (_, _, i), log_likelihood, is_best in zip(asked[place:end], found, right, strict=True):
+                totals[i] += log_likelihood
+                greedy[i] &= is_best
+            place = end
+        return [(text.index, (totals[i], greedy[i])) for i, (text, _) in enumerate(row.paths)], kept
+
+    def _mask(self, row: TokenTree) -> torch.Tensor:
         mask = row.mask().to(self.device)
-        if self.model.config._attn_implementation == "eager":  # it adds the mask: True would add 1, and hide nothing
-            hidden = torch.finfo(self.model.dtype).min
-            mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~mask, hidden)
-        logits = self.model(
-            input_ids=torch.tensor([row.tokens], device=self.device),
-            position_ids=torch.tensor([row.depths], device=self.device),
-            attention_mask=mask,
-            use_cache=False,
-            logits_to_keep=torch.tensor(read, device=self.device),
-        ).logits[0]
-        # float32 whatever the model's precision: a bfloat16 sum flips answers by itself.
-        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-        greedy = log_probabilities.argmax(dim=-1).tolist()
-        scored = []
-        for i, path in row.paths:
-            continuation = requests[i][2]
-            columns = [column[node] for node in path[-len(continuation) :]]
-            total = log_probabilities[columns, continuation].sum().item()
-            scored.append((i, (total, [greedy[c] for c in columns] == continuation)))
-        return scored
+        if self.model.config._attn_implementation != "eager":
+            return mask
+        hidden = torch.finfo(self.model.dtype).min  # eager adds the mask: True would add 1, and hide nothing
+        return torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~mask, hidden)
 
+    # --- generation ---------------------------------------------------------------------------------------------------
 
-class TokenTree:
-    """Sequences as a tree of tokens, in the order of a sorted list: a node is computed once for all that share it."""
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return what greedy decoding gives for every request, up to its stop sequences. Raises ConfigError for a task
+        that samples: before and after could not be paired."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
+        if not self.plans:
+            written: list[str] = super().generate_until(requests, disable_tqdm=True)
+            return written
+        results = [""] * len(requests)
+        done = 0
+        for group in groups.values():
+            options = normalize_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks)
+            eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            stops = [s for s in handle_stop_sequences(options.pop("until", None), eos=eos) if s]
+            most = int(options.pop("max_gen_toks"))
+            penalty = self._check_greedy(options)
+            limit = self.max_length - most
+            if limit <= 0:
+                raise ConfigError(
+                    f"A task generates up to {most} tokens, but the model reads at most {self.max_length}. Set its "
+                    "max_gen_toks lower."
+                )
+            texts = []
+            for i in group:
+                encoded, _ = self.tok_batch_encode(
+                    [requests[i].args[0]], left_truncate_len=limit, truncation=self.truncation
+                )
+                texts.append(Text(i, encoded[0].tolist(), 0))
+            texts.sort(key=lambda text: text.tokens)
+            lanes = torch.get_num_threads()
+            parts = split_evenly(texts, max(lanes, -(-len(texts) // BATCH)))
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.depths: list[int] = []
-        self.parents: list[int] = []
-        self.paths: list[tuple[int, list[int]]] = []
-        """(caller's index, the nodes of that sequence from the root)"""
-        self._last: list[int] = []
+            def write(
+                part: Sequence[Text], most: int = most, stops: list[str] = stops, penalty: float = penalty
+            ) -> None:
+                nonlocal done
 
-    def _shared(self, sequence: list[int]) -> int:
-        n = 0
-        while n < min(len(sequence), len(self._last)) and sequence[n] == self.tokens[self._last[n]]:
-            n += 1
-        return n
+                def is_done(tokens: list[int]) -> bool:
+                    return tokens[-1] in self._ends or any(stop in self.tok_decode(tokens) for stop in stops)
 
-    def count_new(self, sequence: list[int]) -> int:
-        """Return how many nodes `add` would make."""
-        return len(sequence) - self._shared(sequence)
+                assert self.head is not None
+                written = generate(
+                    self.model.get_decoder(), self.head, [text.tokens for text in part], most, is_done, penalty
+                )
+                with self._lock:
+                    for text, tokens in zip(part, written, strict=True):
+                        results[text.index] = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+                        self.cache_hook.add_partial("generate_until", requests[text.index].args, results[text.index])
+                    done += len(part)
+                    self.on_progress(done, len(requests))
 
-    def add(self, index: int, sequence: list[int]) -> None:
-        path = self._last[: self._shared(sequence)]
-        for depth in range(len(path), len(sequence)):
-            self.parents.append(path[-1] if path else -1)
-            path.append(len(self.tokens))
-            self.tokens.append(sequence[depth])
-            self.depths.append(depth)
-        self._last = path
-        self.paths.append((index, path))
+            for _ in map_parallel(write, parts):
+                pass
+        return results
 
-    def mask(self) -> torch.Tensor:
-        """Return the attention mask of shape (1, 1, nodes, nodes): a node sees itself and its ancestors."""
-        n = len(self.tokens)
-        mask = torch.zeros((n, n), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[node] = mask[parent]
-            mask[node, node] = True
-        return mask[None, None]
+    @property
+    def _ends(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or ())}
+
+    def _check_greedy(self, options: dict[str, Any]) -> float:
+        """Return the penalty for repetition. Raises ConfigError for options that greedy decoding has not."""
+        odd = sorted(options.keys() - GREEDY)
+        if options.get("do_sample") or options.get("num_beams", 1) != 1 or odd:
+            raise ConfigError(
+                f"A task generates with {', '.join(odd) or 'sampling or beams'}: scores before and after are paired by "
+                "greedy decoding. Set do_sample: false and nothing else in its generation_kwargs."
+            )
+        return float(options.get("repetition_penalty") or self.model.generation_config.repetition_penalty or 1.0)

@@ -10,13 +10,11 @@ from prefect import task
 from tasks.core.config import EvalConfig, ModelConfig
 from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
-from tasks.core.records import BaseRef, ForgettingReport, ItemScore, ItemsRef, ScoreSheet, TrainedRef
+from tasks.core.records import BaseRef, ForgettingReport, ItemsRef, ScoreSheet, TrainedRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import Stage, comparison_stage, items_stage, precision, scores_stage
-from tasks.core.store import Store, open_store, stored
+from tasks.core.store import open_store, stored
 from tasks.policy import STAGE_OPTIONS
-
-ITEMS = "items.jsonl"
 
 
 @task(name="list-evaluation-items", **STAGE_OPTIONS)
@@ -25,6 +23,7 @@ def list_evaluation_items(evaluation: EvalConfig, store_url: str) -> ItemsRef:
     from tasks.evaluation.suite import suite_digest
 
     def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.forgetting import ITEMS
         from tasks.evaluation.suite import read_item_texts
 
         texts = read_item_texts(evaluation)
@@ -46,6 +45,7 @@ def score_model(
     stage = score_model_stage(model, evaluation, base, adapter)
 
     def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.forgetting import ITEMS
         from tasks.evaluation.harness import score_model as score
         from tasks.models.base import open_base
         from tasks.models.load import free_memory, load_shipped, pick_dtype
@@ -91,14 +91,10 @@ def compare_scores(evaluation: EvalConfig, before: ScoreSheet, after: ScoreSheet
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.evaluation.forgetting import compare_scores as compare
+        from tasks.evaluation.forgetting import read_items
 
         fields = compare(evaluation, before, read_items(store, before), after, read_items(store, after))
         (folder / "report.json").write_bytes(canonical_json(fields))
         return fields
 
     return stored(store, comparison_stage(evaluation, before, after), ForgettingReport, make)
-
-
-def read_items(store: Store, sheet: ScoreSheet) -> list[ItemScore]:
-    lines = (store.local_folder(sheet.artifact) / ITEMS).read_text(encoding="utf-8").splitlines()
-    return [ItemScore.model_validate_json(line) for line in lines]

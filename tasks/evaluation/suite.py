@@ -4,6 +4,7 @@ A file task is an lm-eval ConfigurableTask over rows read here, so scoring, few-
 
 import json
 import re
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tasks.core.config import EvalConfig, TaskConfig
 from tasks.core.digest import content_digest, file_sha256
 from tasks.core.errors import ConfigError
+from tasks.evaluation.benchmarks import benchmark_files, build_benchmark
 from tasks.models.template import render
 
 TASK_FILES = {"", ".yaml", ".yml", ".py", ".jinja"}  # lm-eval's shared templates have no suffix
@@ -23,7 +25,16 @@ def suite_digest(config: EvalConfig) -> str:
     files: dict[str, str] = {}
     problems = []
     for task in (t for c in config.capabilities for t in c.tasks):
-        if task.file is None:
+        if task.rows:
+            found = benchmark_files(task)
+            if not found:
+                problems.append(
+                    f"eval task {task.name}: there are no rows in {task.rows}. Correct its path in the recipe."
+                )
+            asked: dict[str, Any] = task.model_dump(mode="json", include={"shots", "subjects"})
+            asked |= {"files": {p.name: file_sha256(p) for p in found}, "lm-eval": metadata.version("lm-eval")}
+            files[f"rows:{task.name}"] = content_digest(asked)
+        elif task.file is None:
             files[f"name:{task.name}"] = task.name
         elif Path(task.file).is_file():
             files[f"file:{task.name}"] = file_sha256(Path(task.file))
@@ -47,13 +58,25 @@ def suite_digest(config: EvalConfig) -> str:
     return content_digest(files)
 
 
-def build_tasks(config: EvalConfig, tokenizer: Any) -> tuple[list[Any], Any]:
-    """Return what lm_eval.simple_evaluate takes as tasks, and the TaskManager that knows the named ones.
-    Raises ConfigError for names it does not know and rows of the wrong shape."""
+@dataclass(frozen=True)
+class Suite:
+    """What lm_eval.simple_evaluate takes: `tasks` and the TaskManager that knows those named; `leaves` are the tasks of
+    each benchmark over local rows."""
+
+    tasks: list[Any]
+    manager: Any
+    leaves: dict[str, list[str]]
+
+
+def build_tasks(config: EvalConfig, tokenizer: Any) -> Suite:
+    """Return the tasks of a suite. Raises ConfigError for names that are not known and rows of the wrong shape."""
     wanted = [t for c in config.capabilities for t in c.tasks]
-    named = [t.name for t in wanted if t.file is None]
-    manager = _known_tasks(config, named)
-    return [*named, *(_file_task(t, tokenizer) for t in wanted if t.file is not None)], manager
+    named = [t.name for t in wanted if t.file is None and not t.rows]
+    benchmarks = {t.name: build_benchmark(t) for t in wanted if t.rows}
+    found = [*named, *(_file_task(t, tokenizer) for t in wanted if t.file is not None)]
+    found += [part for parts in benchmarks.values() for part in parts]
+    leaves = {name: [str(part.config.task) for part in parts] for name, parts in benchmarks.items()}
+    return Suite(found, _known_tasks(config, named), leaves)
 
 
 def _known_tasks(config: EvalConfig, named: list[str]) -> Any:
@@ -85,7 +108,10 @@ def read_item_texts(config: EvalConfig) -> list[tuple[str, str, str]]:
                 texts.append((task.name, *_question_and_answer(task, row)))
             except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise _wrong_shape(task, error) from None
-    named = [t.name for c in config.capabilities for t in c.tasks if not t.file]
+    others = [t for c in config.capabilities for t in c.tasks if not t.file]
+    for part in (part for t in others if t.rows for part in build_benchmark(t)):
+        texts += _item_texts(str(part.config.task), part)
+    named = [t.name for t in others if not t.rows]
     return [*texts, *_named_item_texts(config, named)] if named else texts
 
 
@@ -105,14 +131,20 @@ def _named_item_texts(config: EvalConfig, names: list[str]) -> list[tuple[str, s
         for name, task in tasks.items():
             if isinstance(task, dict):
                 visit(task)
-                continue
-            for doc in task.eval_docs:
-                question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
-                if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
-                    answer = task.doc_to_choice(doc)[answer]
-                texts.append((str(name), str(question), str(answer)))
+            else:
+                texts.extend(_item_texts(str(name), task))
 
     visit(get_task_dict(names, _known_tasks(config, names)))
+    return texts
+
+
+def _item_texts(name: str, task: Any) -> list[tuple[str, str, str]]:
+    texts = []
+    for doc in task.eval_docs:
+        question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+        if task.OUTPUT_TYPE == "multiple_choice" and str(answer).isdigit():
+            answer = task.doc_to_choice(doc)[int(answer)]
+        texts.append((name, str(question), str(answer)))
     return texts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import softmax
 
-from tasks.training.products import Product
+from tasks.models.products import Product
 
 CHUNK_BYTES = 64 << 20  # of logits in the compute type
 WIDE_ROWS = 32  # are in float32 at a time: x 49,152 words 6 MB, about what a core's cache holds
@@ -24,10 +24,9 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = head.forward(hidden[part])
             for few, target in zip(logits.split(WIDE_ROWS), labels[part, None].split(WIDE_ROWS), strict=True):
-                most, place = few.max(-1, keepdim=True)
                 shares = softmax(few, -1, dtype=torch.float32)
                 # log of the sum of all exponentials, by the likeliest word: its share is never too small for a log.
-                norm = most.float() - shares.gather(1, place).log()
+                norm = few.amax(-1, keepdim=True).float() - shares.amax(-1, keepdim=True).log()
                 total += (norm - few.gather(1, target).float()).sum()
                 # The gradient of the logits, in their place: the shares, less the label's one.
                 few.copy_(shares.scatter_add_(1, target, torch.full_like(target, -1, dtype=shares.dtype)))

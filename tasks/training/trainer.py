@@ -22,9 +22,11 @@ from tasks.core.config import TrainConfig
 from tasks.core.errors import DataError, ForgetlessError
 from tasks.core.hardware import device_class, memory_bytes
 from tasks.core.records import TrainPoint
+from tasks.models.cpu_attention import PackPlan
 from tasks.models.encode import Examples, read_examples
 from tasks.models.load import dtype_name, free_memory, pick_dtype
 from tasks.models.parallel import map_parallel
+from tasks.models.products import frozen_head
 from tasks.models.template import Example
 from tasks.models.tokenizer import load_tokenizer
 from tasks.training.checkpoints import BEST, LAST, Progress, check_space, load_best, load_checkpoint, save_checkpoint
@@ -32,7 +34,6 @@ from tasks.training.chunked_loss import chunked_loss
 from tasks.training.curve import explain_onset, find_onset, runs_away
 from tasks.training.methods import open_trainable, parameter_groups, save_trained
 from tasks.training.packing import Pack, make_pack, pack_examples, plan_steps
-from tasks.training.products import Product
 
 OnStep = Callable[[int, int, TrainPoint], None]
 RETENTION_TEXTS = 64
@@ -208,7 +209,7 @@ class _Run:
     def __init__(self, model: Any, config: TrainConfig, device: str, dtype: torch.dtype, check: list[Example]) -> None:
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.head = _frozen_head(self.base)
+        self.head = frozen_head(self.base)
         self.words = int(self.base.get_output_embeddings().weight.shape[0])
         self.is_virtual = config.method in ("prefix", "prompt")
         self.layers: Any = None
@@ -216,7 +217,7 @@ class _Run:
         self.progress = Progress(pack_tokens=config.pack_tokens)
         expected = self._untrained_loss(check) if check else None
         if device == "cpu" and config.method in ("lora", "qlora") and config.fast_layers == "auto":
-            from tasks.training.cpu_layers import CpuLayers
+            from tasks.models.cpu_layers import CpuLayers
 
             self.layers = CpuLayers(self.base, self.head.weight if self.head else None)
             self.head = self.layers.head or self.head
@@ -332,7 +333,7 @@ class _Run:
         """Return the cross-entropy of a pack's labels, summed, in nats."""
         if self.head is None or self.is_virtual:
             return self._plain_loss(pack)
-        options = {"starts": pack.starts} if self.layers and self.layers.shares_prefix else {}
+        options = {"plan": PackPlan(pack.starts)} if self.layers and self.layers.shares_prefix else {}
         # No attention mask and no cache: positions that restart then keep the examples apart on any attention.
         hidden = self.base.get_decoder()(
             input_ids=pack.ids.to(self.device),
@@ -365,15 +366,6 @@ class _Run:
     def refresh(self) -> None:
         if self.layers:
             self.layers.refresh()
-
-
-def _frozen_head(base: Any) -> Product | None:
-    """Return the vocabulary projection where it is a frozen plain one, else None."""
-    head = base.get_output_embeddings()
-    special = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return None
-    return None if any(getattr(base.config, name, None) for name in special) else Product(head.weight)
 
 
 def _is_neutral(config: TrainConfig) -> bool:

@@ -226,7 +226,11 @@ def test_a_second_task_is_measured_against_what_the_first_left(
 
 
 def test_a_folder_of_peft_is_gone_on_from_as_well(
-    finished: FileStore, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: FileStore,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     first = read_manifest(finished, run_ids(finished)[0])
@@ -238,8 +242,29 @@ def test_a_folder_of_peft_is_gone_on_from_as_well(
     assert main(["run", *words, "--set", "train.epochs=1", "--set", "export.ollama=false"]) == 0
     second = read_manifest(finished, "latest")
     assert second.report.capabilities[0].before == pytest.approx(first.report.capabilities[0].after, rel=1e-3)
+    capsys.readouterr()
+    assert main(["compare", first.run_id, second.run_id, "--store", str(finished.root), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["changed"]["train.epochs"] == ["4.0", "1.0"]
+    assert "model.base" not in found["changed"]
+    chat = found["capabilities"][0]
+    assert chat["before"] == pytest.approx(first.report.capabilities[0].after)
+    assert chat["after"] == pytest.approx(second.report.capabilities[0].after)
+    assert main(["compare", first.run_id, second.run_id, "--store", str(finished.root)]) == 0
+    assert "these adapters only" in capsys.readouterr().out
     (folder / "adapter_model.safetensors").unlink()
     assert main(["run", *words]) == 2
+
+
+def test_runs_scored_on_other_items_are_not_compared(
+    finished: FileStore, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_ids(finished)[0]
+    words = [str(recipe), "--store", str(finished.root), "--set", "eval.limit=2", "--set", "export.ollama=false"]
+    assert main(["run", *words]) == 0
+    capsys.readouterr()
+    assert main(["compare", first, "latest", "--store", str(finished.root)]) == 1
+    assert f"against {first}: The two score sheets differ in limit: None before, 2 after." in capsys.readouterr().err
 
 
 def test_rejected_data_stops_the_run_before_any_model_is_loaded(

@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from tasks.core.config import TrainConfig
+from tasks.models.cpu_attention import PackPlan
+from tasks.models.cpu_layers import CpuLayers
+from tasks.models.products import ArrangedProduct, Product, can_arrange
 from tasks.models.template import Example
 from tasks.training.chunked_loss import WIDE_ROWS, chunked_loss
-from tasks.training.cpu_layers import CpuLayers
 from tasks.training.methods import open_trainable
 from tasks.training.packing import make_pack, pack_examples
-from tasks.training.products import ArrangedProduct, Product, can_arrange
 
 SMALL = {
     "vocab_size": 500,
@@ -93,7 +94,7 @@ def fast(
     layers = CpuLayers(base)
     total = 0.0
     for pack in pack_examples(rows, budget, layers.shares_prefix, lanes):
-        options = {"starts": pack.starts} if layers.shares_prefix else {}
+        options = {"plan": PackPlan(pack.starts)} if layers.shares_prefix else {}
         decoder = base.get_decoder()
         hidden = decoder(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, **options).last_hidden_state
         loss = chunked_loss(hidden[0, pack.kept], Product(base.get_output_embeddings().weight), pack.labels)
@@ -170,9 +171,9 @@ def test_a_refresh_brings_the_copies_up_to_date(tmp_path: Path) -> None:
     options = {"input_ids": ids, "position_ids": torch.arange(20)[None], "use_cache": False}
     with torch.no_grad():
         expected = changed(**options).logits
-        assert not torch.allclose(model(**options, starts=[0, 20]).logits, expected, atol=1e-4)
+        assert not torch.allclose(model(**options, plan=PackPlan([0, 20])).logits, expected, atol=1e-4)
         layers.refresh()
-        assert torch.allclose(model(**options, starts=[0, 20]).logits, expected, atol=1e-4)
+        assert torch.allclose(model(**options, plan=PackPlan([0, 20])).logits, expected, atol=1e-4)
 
 
 @pytest.mark.skipif(not can_arrange(), reason="oneDNN multiplies no bfloat16 on this CPU")

@@ -237,7 +237,7 @@ def test_layers_that_give_another_loss_are_refused_before_the_first_step(
     tiny_folder: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "tasks.training.cpu_attention._probabilities", lambda q, k, r: torch.rand(*q.shape[:2], k.shape[1])
+        "tasks.models.cpu_attention._probabilities", lambda q, k, r: torch.rand(*q.shape[:2], k.shape[1])
     )
     with pytest.raises(ForgetlessError, match=r"must change nothing, but the loss is .* Set train.fast_layers=off"):
         train(tiny_folder, tokens, tmp_path / "a", config())

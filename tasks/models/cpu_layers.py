@@ -1,4 +1,4 @@
-"""Decoder layers for adapter training on a CPU: the same numbers with fewer and larger operations.
+"""Decoder layers for training an adapter and for scoring on a CPU: the same numbers with fewer and larger operations.
 
 Libraries write their layers for GPUs, where small operations cost little and each keeps what its gradient needs. Here a
 whole layer is one operation: it keeps a third less, LoRA's matrices of sibling projections are one, and weights stay
@@ -13,9 +13,9 @@ from torch.nn.functional import silu
 from transformers.activations import SiLUActivation
 
 from tasks.core.hardware import memory_bytes
-from tasks.training import cpu_attention
-from tasks.training.cpu_attention import attend, attention_gradients
-from tasks.training.products import ArrangedProduct, Nf4Product, Product, can_arrange
+from tasks.models import cpu_attention
+from tasks.models.cpu_attention import PackPlan, Plan, attend, attention_gradients
+from tasks.models.products import ArrangedProduct, Nf4Product, Product, can_arrange
 
 ARRANGED_SHARE = 0.05  # of the machine's memory may the base's linear weights take for a second copy
 PROBE_TOKENS = 4
@@ -73,10 +73,11 @@ class _Projection:
                 yield layer, slice(row, row + size), slice(rank, rank + width)
             row, rank = row + size, rank + width
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and x A', which the gradient needs."""
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return y, plus what is to be `added`, and x A', which the gradient needs."""
         inner = torch.mm(x, self.a.t())
-        return self.product.forward(x).addmm_(inner, self.b.t()), inner
+        y = self.product.forward(x, added)
+        return y.addmm_(inner, self.b.t()) if self.parameters else y, inner
 
     def backward(self, dy: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of x, of x A' and of B (ranks, outputs)."""
@@ -134,26 +135,19 @@ def _turn_back(dx: Tensor, cos: Tensor, sin: Tensor) -> None:
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int], layer: "_Layer", *parameters: Tensor
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pack: PackPlan, layer: "_Layer", *parameters: Tensor
     ) -> Tensor:
-        rows, cos, sin = x[0], cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        scale = layer.norm.scale(rows)
-        states, inner = layer.qkv.forward(layer.norm.forward(rows, scale))
-        raw = layer.norm_heads(states)
-        _turn(layer.by_head(states)[:, : layer.heads + layer.key_heads], cos, sin)
-        mixed, weights = attend(*layer.split(states), starts, layer.scaling)
-        mixed = mixed.view(len(rows), -1)
-        middle, o_inner = layer.o.forward(mixed)
-        middle.add_(rows)
-        middle_scale = layer.middle_norm.scale(middle)
-        both, both_inner = layer.gate_up.forward(layer.middle_norm.forward(middle, middle_scale))
-        gate, up = both.chunk(2, -1)
-        out, down_inner = layer.down.forward(silu(gate).mul_(up))
-        inners = (inner, o_inner, both_inner, down_inner)
-        kept = (rows, scale, states, mixed, middle, middle_scale, both, *inners)
+        weights: list[Tensor] = []
+
+        def attention(number: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            out, kept = attend(query, key, value, pack.stretches, scale)
+            weights.extend(kept)
+            return out
+
+        out, kept, raw = layer.run(x[0], cos, sin, attention)
         ctx.save_for_backward(cos, sin, *kept, *raw, *weights)
-        ctx.starts, ctx.layer, ctx.raw = starts, layer, len(raw)
-        return out.add_(middle)[None]
+        ctx.pack, ctx.layer, ctx.raw = pack, layer, len(raw)
+        return out[None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -181,7 +175,9 @@ class _LayerFunction(torch.autograd.Function):
 
         d_states = torch.empty_like(states)
         d_mixed = d_mixed.view(len(rows), layer.heads, -1)
-        attention_gradients(layer.split(states), weights, d_mixed, ctx.starts, layer.scaling, layer.split(d_states))
+        attention_gradients(
+            layer.split(states), weights, d_mixed, ctx.pack.stretches, layer.scaling, layer.split(d_states)
+        )
         _turn_back(layer.by_head(d_states)[:, : layer.heads + layer.key_heads], cos, sin)
         layer.norm_heads_back(d_states, raw)
         d_normed, d_inner, d_b = layer.qkv.backward(d_states, inner)
@@ -202,7 +198,7 @@ class _Layer:
         self.gate_up = _Projection([mlp.gate_proj, mlp.up_proj])
         self.down = _Projection([mlp.down_proj])
         self.projections = [self.qkv, self.o, self.gate_up, self.down]
-        self.scaling = attention.scaling
+        self.scaling, self.number = attention.scaling, int(attention.layer_idx)
         self.size = attention.head_dim
         self.heads, self.key_heads = (size // self.size for size in self.qkv.sizes[:2])
         self.parameters = [p for projection in self.projections for p in projection.parameters]
@@ -229,12 +225,28 @@ class _Layer:
         for number, (norm, part) in enumerate(zip(self.head_norms, self.split(d_states), strict=False)):
             part.copy_(norm.backward(part, *kept[2 * number : 2 * number + 2]))
 
+    def run(self, rows: Tensor, cos: Tensor, sin: Tensor, plan: Plan) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the layer's output for `rows` (tokens, size), and what its gradient needs."""
+        scale = self.norm.scale(rows)
+        states, inner = self.qkv.forward(self.norm.forward(rows, scale))
+        raw = self.norm_heads(states)
+        _turn(self.by_head(states)[:, : self.heads + self.key_heads], cos, sin)
+        mixed = plan(self.number, *self.split(states), self.scaling).view(len(rows), -1)
+        middle, o_inner = self.o.forward(mixed, rows)
+        middle_scale = self.middle_norm.scale(middle)
+        both, both_inner = self.gate_up.forward(self.middle_norm.forward(middle, middle_scale))
+        gate, up = both.chunk(2, -1)
+        out, down_inner = self.down.forward(silu(gate).mul_(up), middle)
+        inners = (inner, o_inner, both_inner, down_inner)
+        return out, [rows, scale, states, mixed, middle, middle_scale, both, *inners], raw
+
     def __call__(
-        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], starts: list[int], **__: Any
+        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], plan: Plan, **__: Any
     ) -> Tensor:
-        return _LayerFunction.apply(  # type: ignore[return-value]
-            hidden_states, *position_embeddings, starts, self, *self.parameters
-        )
+        cos, sin = (angles[0].unsqueeze(1) for angles in position_embeddings)
+        if isinstance(plan, PackPlan) and torch.is_grad_enabled():
+            return _LayerFunction.apply(hidden_states, cos, sin, plan, self, *self.parameters)  # type: ignore[return-value]
+        return self.run(hidden_states[0], cos, sin, plan)[0][None]
 
 
 def _is_known(layer: Any) -> bool:
@@ -251,8 +263,7 @@ def _is_known(layer: Any) -> bool:
         len(parts["self_attn"]) == 4 + len(norms) - 2
         and parts["mlp"] == {"gate_proj", "up_proj", "down_proj", "act_fn"}
         and type(layer.mlp.act_fn) in (torch.nn.SiLU, SiLUActivation)
-        and hasattr(attention, "scaling")
-        and hasattr(attention, "head_dim")
+        and all(hasattr(attention, name) for name in ("scaling", "head_dim", "layer_idx"))
         and all(_is_plain_norm(norm) for norm in norms)
         and all(_is_plain_projection(projection) for projection in projections)
         and len({type(getattr(projection, "base_layer", projection)) for projection in projections}) == 1
@@ -324,6 +335,6 @@ def _agrees(layer: _Layer, module: Any, decoder: Any) -> bool:
     angles = decoder.rotary_emb(probe, torch.arange(PROBE_TOKENS)[None])
     later = torch.full((PROBE_TOKENS, PROBE_TOKENS), float("-inf"), dtype=probe.dtype).triu(1)
     expected = module(probe, position_embeddings=angles, attention_mask=later[None, None])
-    found = layer(probe, position_embeddings=angles, starts=[0, PROBE_TOKENS])
+    found = layer(probe, position_embeddings=angles, plan=PackPlan([0, PROBE_TOKENS]))
     difference = (found - expected).float().norm() / (expected - probe).float().norm()
     return bool(difference < (1e-4 if probe.dtype == torch.float32 else 0.05))

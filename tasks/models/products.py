@@ -15,8 +15,10 @@ class Product:
         self.weight, self.bias = weight, bias
         self.outputs = len(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the product, plus what is to be `added` to it."""
+        y = linear(x, self.weight, self.bias)
+        return y if added is None else y.add_(added)
 
     def backward(self, dy: Tensor) -> Tensor:
         return torch.mm(dy, self.weight)
@@ -46,8 +48,9 @@ class ArrangedProduct(Product):
         self.bias = bias
         self.outputs = len(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.onward, self.bias, "none", [], "")
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x, self.onward, self.bias, "none", [], "")
+        return y if added is None else y.add_(added)
 
     def backward(self, dy: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(dy.contiguous(), self.back, None, "none", [], "")
@@ -61,3 +64,12 @@ def can_arrange() -> bool:
         and hasattr(ops, "_linear_pointwise")
         and hasattr(ops, "_reorder_linear_weight")
     )
+
+
+def frozen_head(model: Any) -> Product | None:
+    """Return the vocabulary projection where it is a frozen plain one, else None."""
+    head = model.get_output_embeddings()
+    special = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return None
+    return None if any(getattr(model.config, name, None) for name in special) else Product(head.weight)

@@ -1,0 +1,213 @@
+"""lm-eval's own tasks over local files: its prompts, answers and scores, the rows as their publishers distribute them.
+
+A benchmark says where lm-eval describes it and how its files become the rows of the Hub's data set.
+"""
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from tasks.core.config import TaskConfig
+from tasks.core.errors import ConfigError
+
+LETTERS = "ABCD"
+Rows = list[dict[str, Any]]
+Splits = dict[str, Rows]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`folder` of lm-eval's descriptions and their file names; `read(path, subject)` gives the splits of a subject, or
+    with None as the subject those of the whole."""
+
+    folder: str
+    files: str
+    read: Callable[[Path, str | None], Splits]
+    forms: str
+    has_subjects: bool = False
+
+
+# --- readers ----------------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path, columns: list[str] | None = None) -> Rows:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [dict(row) for row in csv.DictReader(file, fieldnames=columns)]
+
+
+def _jsonl(path: Path) -> Rows:
+    text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+    if text.lstrip().startswith("["):
+        found: Rows = json.loads(text)
+        return found
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _mmlu(path: Path, subject: str | None) -> Splits:
+    columns = ["question", *LETTERS, "answer"]
+
+    def row(found: dict[str, Any]) -> dict[str, Any]:
+        choices = [found[letter] for letter in LETTERS]
+        return {"question": found["question"], "choices": choices, "answer": LETTERS.index(found["answer"])}
+
+    return {
+        split: [row(r) for r in _csv(path / split / f"{subject}_{split}.csv", columns)] for split in ("test", "dev")
+    }
+
+
+def _ceval(path: Path, subject: str | None) -> Splits:
+    return {split: _csv(path / split / f"{subject}_{split}.csv") for split in ("val", "dev")}
+
+
+def _cmmlu(path: Path, subject: str | None) -> Splits:
+    return {split: _csv(path / split / f"{subject}.csv") for split in ("test", "dev")}
+
+
+def _split_files(*splits: str) -> Callable[[Path, str | None], Splits]:
+    """Return a reader of a folder with a JSON Lines file a split, or of one file, which is the first split's."""
+
+    def read(path: Path, _: str | None) -> Splits:
+        if path.is_file():
+            return {splits[0]: _jsonl(path)}
+        found: Splits = {}
+        for split in splits:
+            files = sorted(p for p in path.glob(f"*{split}*") if p.suffix in (".jsonl", ".json"))
+            found[split] = [row for file in files for row in _jsonl(file)]
+        return found
+
+    return read
+
+
+def _piqa(path: Path, _: str | None) -> Splits:
+    file = path if path.is_file() else next(iter(sorted(path.glob("*valid*.jsonl"))), path / "valid.jsonl")
+    rows = _jsonl(file)
+    if rows and "label" not in rows[0]:
+        labels = next(iter(sorted(file.parent.glob(f"{file.stem}*label*.lst"))), file.with_name("valid-labels.lst"))
+        if not labels.is_file():
+            raise ConfigError(f"eval task piqa: {file} has no labels, nor is there {labels}. Put it beside the rows.")
+        gold = labels.read_text(encoding="utf-8").split()
+        rows = [{**row, "label": int(label)} for row, label in zip(rows, gold, strict=True)]
+    return {"validation": rows}
+
+
+def _truthfulqa(path: Path, _: str | None) -> Splits:
+    def targets(found: dict[str, int]) -> dict[str, Any]:
+        right_first = sorted(found.items(), key=lambda entry: -entry[1])
+        return {"choices": [text for text, _ in right_first], "labels": [label for _, label in right_first]}
+
+    rows = _jsonl(path if path.is_file() else path / "mc_task.json")
+    names = ("mc1_targets", "mc2_targets")
+    return {"validation": [{"question": r["question"], **{n: targets(r[n]) for n in names}} for r in rows]}
+
+
+BY_SUBJECT = "a folder with {}"
+BENCHMARKS = {
+    "mmlu": Benchmark(
+        "mmlu/default",
+        "mmlu_*.yaml",
+        _mmlu,
+        BY_SUBJECT.format("test/SUBJECT_test.csv and dev/SUBJECT_dev.csv, without a header"),
+        True,
+    ),
+    "ceval-valid": Benchmark(
+        "ceval", "ceval-valid_*.yaml", _ceval, BY_SUBJECT.format("val/SUBJECT_val.csv and dev/SUBJECT_dev.csv"), True
+    ),
+    "cmmlu": Benchmark(
+        "cmmlu", "cmmlu_*.yaml", _cmmlu, BY_SUBJECT.format("test/SUBJECT.csv and dev/SUBJECT.csv"), True
+    ),
+    "gsm8k": Benchmark(
+        "gsm8k", "gsm8k.yaml", _split_files("test", "train"), "a folder with test.jsonl and train.jsonl, or a test file"
+    ),
+    "hellaswag": Benchmark("hellaswag", "hellaswag.yaml", _split_files("validation", "train"), "JSON Lines"),
+    "piqa": Benchmark("piqa", "piqa.yaml", _piqa, "JSON Lines, with its labels inside or in a .lst file beside it"),
+    "arc_easy": Benchmark("arc", "arc_easy.yaml", _split_files("test", "train"), "JSON Lines"),
+    "arc_challenge": Benchmark("arc", "arc_challenge.yaml", _split_files("test", "train"), "JSON Lines"),
+    "winogrande": Benchmark("winogrande", "default.yaml", _split_files("validation", "train"), "JSON Lines"),
+    "xcopa_zh": Benchmark("xcopa", "default_zh.yaml", _split_files("test", "validation"), "JSON Lines"),
+    "truthfulqa_mc1": Benchmark("truthfulqa", "truthfulqa_mc1.yaml", _truthfulqa, "mc_task.json"),
+    "truthfulqa_mc2": Benchmark("truthfulqa", "truthfulqa_mc2.yaml", _truthfulqa, "mc_task.json"),
+}
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def build_benchmark(task: TaskConfig) -> list[Any]:
+    """Return lm-eval's task objects of a benchmark over local rows: one, or one a subject. Raises ConfigError for a
+    benchmark or subject that is not known, files that are not there, and more examples than there are."""
+    benchmark = BENCHMARKS.get(task.name)
+    if benchmark is None:
+        raise ConfigError(
+            f"eval task {task.name}: it cannot be read from local rows; those that can are {', '.join(BENCHMARKS)}. "
+            "Give other tasks as choices, texts or conversations, or as a folder of lm-eval tasks."
+        )
+    path = Path(str(task.rows))
+    found = []
+    for subject, config in _descriptions(task, benchmark):
+        splits = {name: rows for name, rows in benchmark.read(path, subject).items() if rows}
+        tested = next((config[key] for key in ("test_split", "validation_split") if config.get(key)), "test")
+        if tested not in splits:
+            if benchmark.has_subjects and not task.subjects:
+                continue  # a part of the subjects is a benchmark too
+            what = f" of {subject}" if subject else ""
+            raise ConfigError(f"eval task {task.name}: {path} has no rows{what} to score. Expected {benchmark.forms}.")
+        found.append(_build(task, config, splits, tested))
+    if not found:
+        raise ConfigError(f"eval task {task.name}: {path} has no rows to score. Expected {benchmark.forms}.")
+    return found
+
+
+def _descriptions(task: TaskConfig, benchmark: Benchmark) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Yield each subject with lm-eval's description of it; None and the only one where there are no subjects."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    spec = util.find_spec("lm_eval.tasks")
+    assert spec and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / benchmark.folder
+    if not benchmark.has_subjects:
+        yield None, load_yaml(folder / benchmark.files)
+        return
+    files = {re.sub(f"^{re.escape(task.name)}_", "", p.stem): p for p in sorted(folder.glob(benchmark.files))}
+    for subject in task.subjects:
+        if subject not in files:
+            near = difflib.get_close_matches(subject, files, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"eval task {task.name}: it has no subject {subject!r}{hint}")
+    for subject, path in files.items():
+        if not task.subjects or subject in task.subjects:
+            yield subject, load_yaml(path)
+
+
+def _build(task: TaskConfig, config: dict[str, Any], splits: Splits, tested: str) -> Any:
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    shots = task.shots if task.shots is not None else config.get("num_fewshot") or 0
+    examples = splits.get(config.get("fewshot_split") or config.get("training_split") or tested, [])
+    if shots > len(examples):
+        raise ConfigError(
+            f"eval task {config['task']}: {shots} examples are wanted before each question, and there are "
+            f"{len(examples)}. Lower its shots, or add the rows they come from."
+        )
+    kept = {k: v for k, v in config.items() if k not in ("dataset_path", "dataset_name", "tag", "task_alias")}
+    kept |= {"num_fewshot": shots, "custom_dataset": lambda **_: {k: Dataset.from_list(v) for k, v in splits.items()}}
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if kept.get(key) and kept[key] not in splits:
+            kept[key] = None
+    return ConfigurableTask(config=kept)
+
+
+def benchmark_files(task: TaskConfig) -> list[Path]:
+    """Return the files that may hold a benchmark's rows, in order."""
+    path = Path(str(task.rows))
+    if path.is_file():
+        return [path, *sorted(path.parent.glob(f"{path.stem}*.lst"))]
+    return sorted(p for p in path.rglob("*") if p.suffix in (".csv", ".json", ".jsonl", ".lst"))
