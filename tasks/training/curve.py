@@ -33,15 +33,17 @@ def find_onset(curve: Sequence[TrainPoint]) -> int | None:
     return checked[best].step
 
 
-def explain_onset(curve: Sequence[TrainPoint]) -> str:
-    """Return a sentence on overfitting and what to do about it, or nothing where none shows."""
+def explain_onset(curve: Sequence[TrainPoint], shipped: int) -> str:
+    """Return a sentence on overfitting and what to do about it, or nothing where none shows. The adapter of step
+    `shipped` is what ships."""
     onset = find_onset(curve)
     if onset is None:
         return ""
     checked = [p for p in curve if p.validation_loss is not None]
     lowest = next(p.validation_loss for p in checked if p.step == onset)
     last = checked[-1].validation_loss
+    advice = "That step ships." if shipped == onset else "Train fewer epochs, or set train.early_stopping=2."
     return (
         f"From step {onset} on the validation loss rises ({lowest:.3f} to {last:.3f}) while the training loss falls: "
-        "the rows are learned by heart. Train fewer epochs, or set train.early_stopping=2."
+        f"the rows are learned by heart. {advice}"
     )

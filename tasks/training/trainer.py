@@ -171,8 +171,10 @@ def train_adapter(
             if ended != "finished":
                 break
 
+    shipped = progress.step
     if config.early_stopping and progress.best_step and progress.best_step != progress.step:
         load_best(places.checkpoints, parameters)
+        shipped = progress.best_step
     model.eval()
     save_trained(model, config, places.base, places.out)
     # What differs from run to run or machine to machine stays out of the files: equal trainings have equal digests.
@@ -180,7 +182,7 @@ def train_adapter(
     (places.out / "curve.jsonl").write_text(
         "".join(p.model_dump_json(exclude=told) + "\n" for p in curve), encoding="utf-8"
     )
-    onset = explain_onset(curve)
+    onset = explain_onset(curve, shipped)
     checked = [p for p in curve if p.validation_loss is not None]
     return {
         "method": config.method,

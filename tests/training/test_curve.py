@@ -31,7 +31,10 @@ FALLING = [3.0, 2.6, 2.3, 2.0, 1.7, 1.4, 1.1, 0.9]
 def test_onset(training: list[float], validation: dict[int, float], onset: int | None) -> None:
     points = curve(training, validation)
     assert find_onset(points) == onset
-    said = explain_onset(points)
+    said = explain_onset(points, shipped=len(points))
+    assert not said or "set train.early_stopping=2" in said
+    if onset is not None:
+        assert explain_onset(points, shipped=onset).endswith("learned by heart. That step ships.")
     assert said == "" if onset is None else said.startswith(f"From step {onset} on the validation loss rises (2.500 to")
 
 
