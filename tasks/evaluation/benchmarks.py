@@ -108,21 +108,18 @@ def _truthfulqa(path: Path, _: str | None) -> Splits:
     return {"validation": [{"question": r["question"], **{n: targets(r[n]) for n in names}} for r in rows]}
 
 
-BY_SUBJECT = "a folder with {}"
 BENCHMARKS = {
     "mmlu": Benchmark(
         "mmlu/default",
         "mmlu_*.yaml",
         _mmlu,
-        BY_SUBJECT.format("test/SUBJECT_test.csv and dev/SUBJECT_dev.csv, without a header"),
+        "a folder with test/SUBJECT_test.csv and dev/SUBJECT_dev.csv, without a header",
         True,
     ),
     "ceval-valid": Benchmark(
-        "ceval", "ceval-valid_*.yaml", _ceval, BY_SUBJECT.format("val/SUBJECT_val.csv and dev/SUBJECT_dev.csv"), True
+        "ceval", "ceval-valid_*.yaml", _ceval, "a folder with val/SUBJECT_val.csv and dev/SUBJECT_dev.csv", True
     ),
-    "cmmlu": Benchmark(
-        "cmmlu", "cmmlu_*.yaml", _cmmlu, BY_SUBJECT.format("test/SUBJECT.csv and dev/SUBJECT.csv"), True
-    ),
+    "cmmlu": Benchmark("cmmlu", "cmmlu_*.yaml", _cmmlu, "a folder with test/SUBJECT.csv and dev/SUBJECT.csv", True),
     "gsm8k": Benchmark(
         "gsm8k", "gsm8k.yaml", _split_files("test", "train"), "a folder with test.jsonl and train.jsonl, or a test file"
     ),
@@ -205,9 +202,10 @@ def _build(task: TaskConfig, config: dict[str, Any], splits: Splits, tested: str
     return ConfigurableTask(config=kept)
 
 
-def benchmark_files(task: TaskConfig) -> list[Path]:
-    """Return the files that may hold a benchmark's rows, in order."""
+def benchmark_files(task: TaskConfig) -> dict[str, Path]:
+    """Return the files that may hold a benchmark's rows, by their place in it: splits have files of one name."""
     path = Path(str(task.rows))
     if path.is_file():
-        return [path, *sorted(path.parent.glob(f"{path.stem}*.lst"))]
-    return sorted(p for p in path.rglob("*") if p.suffix in (".csv", ".json", ".jsonl", ".lst"))
+        return {p.name: p for p in (path, *path.parent.glob(f"{path.stem}*.lst"))}
+    found = (p for p in path.rglob("*") if p.suffix in (".csv", ".json", ".jsonl", ".lst"))
+    return {p.relative_to(path).as_posix(): p for p in found}

@@ -42,6 +42,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8)
         kind = str(self.device).partition(":")[0]
+        self.lanes = torch.get_num_threads() if kind == "cpu" else 1
         virtual = getattr(model, "virtual_tokens", 0)
         if virtual:  # they take up context that texts cannot have
             self._max_length = self.max_length - virtual
@@ -108,13 +109,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                     done += len(scored)
                     self.on_progress(done, len(requests))
 
-        for _ in map_parallel(score, split_evenly(texts, torch.get_num_threads() if self._device_is_cpu else 1)):
+        for _ in map_parallel(score, split_evenly(texts, self.lanes)):
             pass
         return results
-
-    @property
-    def _device_is_cpu(self) -> bool:
-        return str(self.device).startswith("cpu")
 
     @torch.inference_mode()
     def _score_row(
@@ -201,8 +198,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 )
                 texts.append(Text(i, encoded[0].tolist(), 0))
             texts.sort(key=lambda text: text.tokens)
-            lanes = torch.get_num_threads()
-            parts = split_evenly(texts, max(lanes, -(-len(texts) // BATCH)))
+            parts = split_evenly(texts, max(self.lanes, -(-len(texts) // BATCH)))
 
             def write(
                 part: Sequence[Text], most: int = most, stops: list[str] = stops, penalty: float = penalty

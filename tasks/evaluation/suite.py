@@ -32,7 +32,10 @@ def suite_digest(config: EvalConfig) -> str:
                     f"eval task {task.name}: there are no rows in {task.rows}. Correct its path in the recipe."
                 )
             asked: dict[str, Any] = task.model_dump(mode="json", include={"shots", "subjects"})
-            asked |= {"files": {p.name: file_sha256(p) for p in found}, "lm-eval": metadata.version("lm-eval")}
+            asked |= {
+                "files": {place: file_sha256(p) for place, p in found.items()},
+                "lm-eval": metadata.version("lm-eval"),
+            }
             files[f"rows:{task.name}"] = content_digest(asked)
         elif task.file is None:
             files[f"name:{task.name}"] = task.name

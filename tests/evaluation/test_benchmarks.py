@@ -97,6 +97,18 @@ def test_other_rows_examples_or_subjects_are_another_suite(mmlu: Path) -> None:
     assert digest() != first
 
 
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_files_of_one_name_in_two_splits_both_count(tmp_path: Path, split: str) -> None:
+    header = ["", "Question", *"ABCD", "Answer"]
+    for place in ("test", "dev"):
+        write_csv(tmp_path / place / "anatomy.csv", [header, ["0", "Which?", "w", "x", "y", "z", "C"]])
+    task = {"name": "cmmlu", "rows": str(tmp_path)}
+    config = EvalConfig(capabilities=[{"name": "c", "role": "target", "tasks": [task]}])
+    before = suite_digest(config)
+    write_csv(tmp_path / split / "anatomy.csv", [header, ["0", "Which else?", "w", "x", "y", "z", "C"]])
+    assert suite_digest(config) != before
+
+
 def test_its_items_are_known_to_the_search_for_leaks(mmlu: Path) -> None:
     task = {"name": "mmlu", "rows": str(mmlu), "subjects": ["anatomy"]}
     texts = read_item_texts(EvalConfig(capabilities=[{"name": "c", "role": "target", "tasks": [task]}]))
