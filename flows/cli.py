@@ -19,7 +19,12 @@ INTERRUPTED = "Interrupted. What finished is kept: the same command goes on from
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or configuration, 3 data rejected;
     with --gate also 4 over budget, 5 inconclusive. A user's mistake gives one sentence, no traceback."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["lm-eval"]:  # the rest is lm-eval's to read
+        rest = given[1:]
+        arguments = argparse.Namespace(command=lambda _: _lm_eval(rest), debug=False, interrupted="Interrupted.")
+    else:
+        arguments = _parser().parse_args(given)
     from tasks.core.settings import quiet_libraries
 
     quiet_libraries()
@@ -88,6 +93,30 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "Say what differs between finished runs, item by item.", output)
     compare.add_argument("first", metavar="RUN", help="the run that the others are compared with, or latest")
     compare.add_argument("others", metavar="RUN", nargs="+", help="runs scored on the same items")
+    evaluate = add("eval", _eval, "Score any model on a suite, without training.", output)
+    evaluate.add_argument("model", metavar="MODEL", help="a run's name, or a base: folder, GGUF file or Hub id")
+    suite = "a shipped suite's name, or a YAML file (several: --suite A --suite B)"
+    evaluate.add_argument("--suite", metavar="SUITE", action="append", required=True, dest="suites", help=suite)
+    evaluate.add_argument("--rows", metavar="FOLDER", help="the rows of lm-eval's tasks, in place of the Hub")
+    evaluate.add_argument("--limit", metavar="N", type=_count, help="score at most this many items of each task")
+    evaluate.add_argument("--adapter", metavar="RUN", help="a run's name, or a folder with an adapter of MODEL's")
+    text = "how a folder's adapter was trained (default: lora)"
+    evaluate.add_argument("--method", choices=["lora", "qlora", "int8", "full"], default="lora", help=text)
+    text = "override a key, such as eval.seed=1"
+    evaluate.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="overrides", help=text)
+    text = "lm-eval's own command line, which also knows --model forgetless."
+    commands.add_parser("lm-eval", help=text, add_help=False)
+    text = "Say what moved in a run, item by item, and what to try next."
+    add("explain", _explain, text, output).add_argument("run", metavar="RUN", help="a run's name, or latest")
+    text = "Scale a run's adapter without training again: gain and forgetting at each strength."
+    strength = add("strength", _curve, text, output)
+    strength.set_defaults(by="strength")
+    strength.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    text = "strengths, 1 is the adapter as trained (default: 0.25,0.5,0.75,1)"
+    strength.add_argument("--at", metavar="A,B", type=_strengths, default=None, help=text)
+    steps = add("steps", _curve, "Judge the steps of a run's training that were kept (train.snapshots).", output)
+    steps.set_defaults(by="step")
+    steps.add_argument("run", metavar="RUN", help="a run's name, or latest")
     chat = add("chat", _chat, "Chat with a run's exported model in the terminal.")
     chat.add_argument("run", metavar="RUN", help="a run's name, or latest")
     chat.add_argument("--prompt", help="ask this once and exit")
@@ -138,6 +167,13 @@ def _add_data_commands(commands: Any, *parents: argparse.ArgumentParser) -> None
     convert.add_argument("--to", required=True, choices=["messages", "alpaca", "sharegpt"], help="their format")
     convert.add_argument("--out", metavar="FILE", help="write to this file, not to the standard output")
     convert.add_argument("--clean", action="store_true", help="clean the rows too, by data.clean")
+
+
+def _strengths(text: str) -> list[float]:
+    found = [float(part) for part in text.split(",")]
+    if not all(0 < share <= 2 for share in found):
+        raise argparse.ArgumentTypeError("expected numbers above 0 and up to 2")
+    return found
 
 
 def _count(text: str) -> int:
@@ -249,6 +285,86 @@ def _compare(arguments: argparse.Namespace) -> int:
         _print_json([c.model_dump(mode="json") for c in found])
     else:
         show_comparison(found)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from flows.screen import RunScreen, show_scores
+    from tasks.core.config import load_suites, local_model
+    from tasks.core.errors import ConfigError
+    from tasks.core.manifest import read_manifest, run_ids
+    from tasks.core.settings import read_settings
+    from tasks.core.store import check_writable, open_store
+
+    overrides = [*arguments.overrides, *([f"eval.limit={arguments.limit}"] if arguments.limit else [])]
+    overrides += [f"eval.rows={arguments.rows}"] if arguments.rows else []
+    evaluation = load_suites(arguments.suites, overrides)
+    settings = read_settings(arguments.store)
+    store = open_store(settings)
+    check_writable(store)
+    model, adapter = arguments.model, arguments.adapter
+    if model == "latest" or model in run_ids(store):
+        if adapter:
+            raise ConfigError(f"{model} is a run, which has an adapter of its own: leave out --adapter.")
+        run = read_manifest(store, model)
+        config, adapter = run.recipe.model, run.run_id
+    else:
+        config = local_model(model)
+    if adapter and "/" in adapter:
+        adapter = os.path.abspath(adapter)
+    with RunScreen("", enabled=not arguments.json):
+        from flows.evaluate import evaluate
+
+        sheet = evaluate(config, evaluation, adapter, arguments.method, settings.store_url)
+    if arguments.json:
+        print(sheet.model_dump_json())
+    else:
+        show_scores(evaluation, sheet)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_explanation
+    from tasks.core.manifest import read_manifest
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+    from tasks.evaluation.explain import explain_run
+
+    store = open_store(read_settings(arguments.store))
+    found = explain_run(store, read_manifest(store, arguments.run))
+    if arguments.json:
+        print(found.model_dump_json())
+    else:
+        show_explanation(found)
+    return 0
+
+
+def _lm_eval(given: list[str]) -> int:
+    from lm_eval.__main__ import cli_evaluate
+
+    import tasks.evaluation.lm_eval_model  # noqa: F401  # registers it
+
+    sys.argv = ["forgetless lm-eval", *given]
+    cli_evaluate()
+    return 0
+
+
+def _curve(arguments: argparse.Namespace) -> int:
+    from flows.screen import RunScreen, show_curve
+    from tasks.core.settings import read_settings
+
+    url = read_settings(arguments.store).store_url
+    with RunScreen("", enabled=not arguments.json):
+        from flows import shipping
+
+        if arguments.by == "step":
+            curve = shipping.judge_steps(arguments.run, url)
+        else:
+            curve = shipping.scale_adapter(arguments.run, arguments.at or shipping.STRENGTHS, url)
+    if arguments.json:
+        print(curve.model_dump_json())
+    else:
+        show_curve(curve, arguments.by)
     return 0
 
 

@@ -21,7 +21,15 @@ from flows.score_model import score_model
 from flows.train_adapter import train_adapter
 from tasks.core.config import Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
-from tasks.core.manifest import STAGES, RunManifest, StageState, find_start, new_run_id, write_manifest
+from tasks.core.manifest import (
+    STAGES,
+    RunManifest,
+    StageState,
+    find_start,
+    new_run_id,
+    shipped_part,
+    write_manifest,
+)
 from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRecord, Record
 from tasks.core.settings import quiet_libraries, read_settings
@@ -69,15 +77,16 @@ def finetune(
         manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
         manifest.tokens = tokens = run.stage("tokens", lambda: tokenise_data(config, base, dataset, items, url))
         require_valid(tokens)
-        start = find_start(place, config.train, bring=True)
+        start = find_start(place, config.train, base, bring=True)
         manifest.before = before = run.stage(
             "before", lambda: score_model(config.model, config.eval, base, start, url, "before")
         )
         if start:
             run.note("before", f"base and what it goes on from, {config.train.start_from}")
-        manifest.adapter = adapter = run.stage(
+        trained = run.stage(
             "train", lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id)
         )
+        manifest.adapter = adapter = shipped_part(trained, config.export)
         manifest.after = after = run.stage(
             "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
         )

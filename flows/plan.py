@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.core.config import EvalConfig, Recipe
+from tasks.core.config import EvalConfig, Recipe, TaskConfig
 from tasks.core.errors import DataError, ModelError
-from tasks.core.manifest import find_start
+from tasks.core.manifest import find_start, shipped_part
 from tasks.core.paired import detectable_change
 from tasks.core.records import (
     AdapterRef,
@@ -38,7 +38,9 @@ from tasks.core.stages import (
 )
 from tasks.core.store import Store, find_artifact
 from tasks.data.sources import prompts_digest, source_digests
+from tasks.evaluation.questions import read_questions
 from tasks.evaluation.suite import suite_digest
+from tasks.evaluation.vllm_backend import check_vllm
 from tasks.models.base import check_max_tokens, locate_base
 from tasks.training.trackers import check_trackers
 
@@ -94,6 +96,8 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
     source = locate(lambda: locate_base(recipe.model, weights=False))
     sources = locate(lambda: source_digests(recipe.data))
     suite = suite_digest(recipe.eval)
+    if recipe.eval.backend == "vllm" and not offline_ok:
+        check_vllm()
     trust = recipe.model.trust_remote_code
     items = items_stage(suite).key
     dataset = look("dataset", dataset_stage(recipe.data, sources, items) if sources else None, DatasetRef)
@@ -102,12 +106,13 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
     if base:
         check_max_tokens(base, recipe.train.max_tokens)
     tokens = look("tokens", _tokens_stage(recipe, store, dataset, base, items) if dataset and base else None, TokensRef)
-    start = find_start(store, recipe.train)
+    start = find_start(store, recipe.train, base)
     known = base if start or recipe.train.start_from is None else None  # what it goes on from is not in the store yet
     before = look("before", scores_stage(recipe.eval, suite, known, start, trust) if known else None, ScoreSheet)
     check_trackers(recipe.train.report_to)
     training = adapter_stage(recipe.train, known, tokens, start) if known and tokens else None
     adapter = look("train", training, AdapterRef)
+    adapter = shipped_part(adapter, recipe.export) if adapter else None
     after = look(
         "after", scores_stage(recipe.eval, suite, base, adapter, trust) if base and adapter else None, ScoreSheet
     )
@@ -147,14 +152,18 @@ def _detectable(config: EvalConfig) -> list[Detectable]:
     for capability in config.capabilities:
         if capability.role != "retention":
             continue
-        counts = [_count_rows(Path(t.file)) if t.file else None for t in capability.tasks]
+        counts = [_count_items(t) for t in capability.tasks]
         items = None if None in counts else sum(min(c or 0, config.limit or c or 0) for c in counts)
-        accuracy = capability.measure != "bits_per_byte" and items
+        accuracy = capability.measure in ("acc", "acc_norm", "exact_match", "refused", "stopped") and items
         smallest = round(detectable_change(items, EXPECTED_DISCORDANCE), 2) if accuracy and items else None
         result.append(Detectable(capability.name, items, capability.accepted_loss, capability.unit, smallest))
     return result
 
 
-def _count_rows(path: Path) -> int:
-    with path.open("rb") as file:
+def _count_items(task: TaskConfig) -> int | None:
+    if task.questions:
+        return len(read_questions(Path(task.questions)))
+    if not task.file:
+        return None
+    with Path(task.file).open("rb") as file:
         return sum(1 for line in file if line.strip())

@@ -14,13 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tasks.core.config import EvalConfig
 from tasks.core.manifest import STAGES, RunManifest
 from tasks.core.progress import watch_progress
-from tasks.core.records import Delta, RunComparison
+from tasks.core.records import Delta, RunComparison, ScoreSheet, ShippingCurve, ShippingPoint
 from tasks.core.store import Store
 
 if TYPE_CHECKING:
     from flows.doctor import Finding
+    from tasks.evaluation.explain import Explanation
 
 TITLES = {
     "start": "Start Prefect",
@@ -28,6 +30,7 @@ TITLES = {
     "validate": "Validate data",
     "base": "Base model",
     "tokens": "Tokenise",
+    "scores": "Score the model",
     "before": "Score the base",
     "train": "Train the adapter",
     "after": "Score again",
@@ -41,6 +44,7 @@ MARKS = {"computed": "[green]✔[/]", "reused": "[cyan]↻[/]", "skipped": "[dim
 VERDICTS = {"promote": ("✔", "bold green"), "reject": ("✘", "bold red"), "inconclusive": ("?", "bold yellow")}
 SEVERITIES = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 ROLE_STYLES = {"system": "magenta", "user": "bold cyan", "assistant": "bold green"}
+SHOWN_CHARS = 300  # of an item's question or answer
 LEARNED_STYLE = "bold black on green"
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
     code: 0xFFFD for code in range(0x7F, 0xA0)
@@ -67,7 +71,9 @@ class RunScreen:
     def __enter__(self) -> "RunScreen":
         if self.enabled:
             self.watching.enter_context(watch_progress(self._on_progress))
-            self.console.print(f"[bold]forgetless[/] run [bold]{self.run_id}[/]")
+            self.console.print(
+                f"[bold]forgetless[/] run [bold]{self.run_id}[/]" if self.run_id else "[bold]forgetless[/]"
+            )
             if self.console.is_terminal:
                 self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
                 self.live.start()
@@ -88,6 +94,8 @@ class RunScreen:
             self.stage, self.stage_began, self.note, self.done, self.total = "", now, "", 0, 0
             return
         if stage != self.stage:
+            if self.stage and self.stage != "start":
+                self._finish(self.stage, "computed", now - self.stage_began)
             self.stage, self.stage_began, self.note = stage, now, ""
         self.done, self.total, self.note = done, total, note or self.note
 
@@ -95,19 +103,18 @@ class RunScreen:
         self.rows.append((stage, status, seconds))
         if not self.live:
             took = f"{seconds:.1f} s" if status == "computed" else status
-            self.console.print(f"{MARKS.get(status, ' ')} {TITLES[stage]:<20} {took}")
+            self.console.print(f"{MARKS.get(status, ' ')} {TITLES.get(stage, stage):<20} {took}")
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 1))
         for stage, status, seconds in self.rows:
             took = f"{seconds:6.1f} s" if status in ("computed", "failed") else status
-            table.add_row(MARKS.get(status, " "), TITLES[stage], Text(took, style="dim"), "")
+            table.add_row(MARKS.get(status, " "), TITLES.get(stage, stage), Text(took, style="dim"), "")
         if self.stage:
             seconds = time.monotonic() - self.stage_began
             bar: Any = ProgressBar(self.total, self.done, width=30) if self.total else Text(str(self.done or ""), "dim")
-            table.add_row(
-                "[yellow]•[/]", f"[bold]{TITLES[self.stage]}[/]", f"{seconds:6.1f} s", bar, Text(self.note, "dim")
-            )
+            title = f"[bold]{TITLES.get(self.stage, self.stage)}[/]"
+            table.add_row("[yellow]•[/]", title, f"{seconds:6.1f} s", bar, Text(self.note, "dim"))
         return Group(table)
 
 
@@ -130,6 +137,10 @@ def show_summary(manifest: RunManifest, store: Store) -> None:
         console.print(
             Text("Deltas: after minus before on the same items; negative is forgetting; 95 % intervals.", "dim")
         )
+        if manifest.report.verdict != "promote":
+            from tasks.evaluation.explain import explain_run
+
+            show_advice(console, explain_run(store, manifest), most=2)
     for label, text in _facts(manifest):
         console.print(Text.assemble((f"{label:<12}", "dim"), text), soft_wrap=True)
 
@@ -246,6 +257,103 @@ def show_comparison(comparisons: list[RunComparison]) -> None:
         console.print("\n[bold]What was set differently[/]" if c.changed else "\nBoth have the same settings.")
         console.print(changed)
     console.print("\nIntervals speak of other items, not of other seeds: these adapters only.", style="dim")
+
+
+def show_explanation(found: "Explanation") -> None:
+    """Print what moved, the items that moved most with both answers, and the advice that follows."""
+    console = _console()
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for name in ("Task", "Subject", "Before", "After", "Delta", "95 % interval", "Items"):
+        table.add_column(name, justify="left" if name in ("Task", "Subject") else "right")
+    for m in found.moved:
+        interval = "" if m.low is None or m.high is None else f"{m.low:+.2f} to {m.high:+.2f}"
+        style = "green" if (m.low or 0) > 0 else "red" if (m.high or 0) < 0 else ""
+        change = Text(f"{m.delta:+.2f} {m.unit}", style)
+        table.add_row(
+            Text(m.task), Text(m.subject or ""), f"{m.before:.3f}", f"{m.after:.3f}", change, interval, str(m.n)
+        )
+    console.print(table)
+    if found.note:
+        console.print(Text(found.note, "dim"))
+    for item in found.items:
+        mark = Text("✘ lost ", "red") if item.kind == "lost" else Text("✔ gained ", "green")
+        console.print(Text.assemble("\n", mark, (" / ".join(filter(None, (item.task, item.subject))), "dim")))
+        for label, text in (
+            ("question", item.question),
+            ("expected", item.expected),
+            ("before", item.before),
+            ("after", item.after),
+        ):
+            if text:
+                console.print(Text.assemble((f"  {label:<9}", "dim"), visible(" ".join(text.split()))[-SHOWN_CHARS:]))
+    show_advice(console, found)
+
+
+def show_advice(console: Console, found: "Explanation", most: int | None = None) -> None:
+    for advice in found.advice[:most]:
+        console.print(Text.assemble("\n", ("→ ", "bold cyan"), (advice.what, "bold"), " ", (advice.why, "dim")))
+
+
+def show_scores(evaluation: EvalConfig, sheet: ScoreSheet) -> None:
+    """Print a model's scores, each by the measure of its capability, with what else was measured."""
+    console = _console()
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for name in ("Capability", "Task", "Measure", "Score", "± 95 %", "Chance", "Items", "Calibration error"):
+        table.add_column(name, justify="left" if name in ("Capability", "Task", "Measure") else "right")
+    scores = {score.task: score for score in sheet.tasks}
+    for capability in evaluation.capabilities:
+        for score in (scores[task.name] for task in capability.tasks):
+            value = getattr(score, capability.measure, None)
+            value = score.generated.get(capability.measure) if value is None else value
+            by_items = capability.measure == "acc" and score.acc_stderr is not None
+            table.add_row(
+                Text(capability.name),
+                Text(score.task),
+                "bits/byte" if capability.measure == "bits_per_byte" else capability.measure,
+                "" if value is None else f"{value:.3f}",
+                f"{1.96 * (score.acc_stderr or 0):.3f}" if by_items else "",
+                "" if score.chance is None else f"{score.chance:.3f}",
+                f"{score.n:,}",
+                "" if score.ece is None else f"{score.ece:.3f}",
+            )
+    console.print(table)
+    for score in sheet.tasks:
+        if score.generated:
+            values = ", ".join(f"{name} {value:.3g}" for name, value in score.generated.items())
+            console.print(Text.assemble((f"{score.task}: ", "bold"), values), soft_wrap=True)
+    console.print(Text(f"{sheet.seconds:.0f} s. Scores of one model have no verdict: compare two of its runs.", "dim"))
+
+
+def show_curve(curve: ShippingCurve, by: str) -> None:
+    """Print what an adapter gains and forgets at each strength or step, and the best one."""
+    console = _console()
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    table.add_column(by.title(), justify="right")
+    for delta in curve.points[0].capabilities:
+        budget = "" if delta.budget is None else f" (-{delta.budget:g})"
+        table.add_column(f"{delta.name}{budget}", justify="right")
+    for point in curve.points:
+        cells = [
+            Text(f"{d.delta:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", STATUS_STYLE.get(d.status, "yellow"))
+            for d in point.capabilities
+        ]
+        table.add_row(Text(_named(point, by), "bold" if point == curve.best else ""), *cells)
+    console.print(table)
+    console.print(Text("Deltas on the half of the items that chooses, with 95 % intervals.", "dim"))
+    mark, style = VERDICTS[curve.verdict]
+    if curve.best is None:
+        console.print(Text.assemble((mark, style), " ", (curve.reason, "bold")))
+        return
+    best = _named(curve.best, by)
+    console.print(f"\nBest inside the budgets: [bold]{best}[/]. On the other half of the items:")
+    console.print(delta_table(curve.confirmed))
+    console.print(Text.assemble((mark, style), " ", (curve.reason, "bold")))
+    if best != "end":
+        console.print(f"Ship it: the run's own command with --set export.{by}={best}; nothing is trained again.")
+
+
+def _named(point: ShippingPoint, by: str) -> str:
+    return f"{point.strength:g}" if by == "strength" else str(point.step or "end")
 
 
 def show_findings(findings: "list[Finding]") -> None:

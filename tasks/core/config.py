@@ -15,6 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from tasks.core.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
+SUITES = RECIPES.with_name("suites")
+SOURCES = ("conversations", "texts", "choices", "answers", "questions", "rows")
+"""What an evaluation task can be read from."""
 
 
 class Section(BaseModel):
@@ -182,6 +185,9 @@ class TrainConfig(Section):
     early_stopping: int | None = Field(
         None, ge=1, description="Stop after this many validations without a better loss, and ship the best."
     )
+    snapshots: int = Field(
+        0, ge=0, le=100, description="Adapters to keep on the way, evenly spaced: forgetless steps RUN judges each."
+    )
     checkpoint_minutes: float = Field(5.0, ge=0, description="Minutes between checkpoints, from which a run resumes.")
     activation_checkpointing: Annotated[Literal["auto", "on", "off"], YAML_SWITCH] = Field(
         "auto", description="Recompute activations to save memory; auto: where they would not fit."
@@ -251,12 +257,17 @@ class TrainConfig(Section):
 
 
 class TaskConfig(Section):
-    """One evaluation task: an lm-eval task by name, from the Hub or local rows, or a file of one of three shapes."""
+    """One evaluation task: an lm-eval task by name, from the Hub or local rows, or a file of a plain shape."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     conversations: str | None = Field(None, description="JSONL of chat messages: bits per byte of the answers.")
     texts: str | None = Field(None, description="JSONL with a text field: bits per byte of each text.")
     choices: str | None = Field(None, description="JSONL with context, choices, gold: the right ending among others.")
+    answers: str | None = Field(None, description="JSONL of chat messages: the model writes the last answer itself.")
+    questions: str | None = Field(
+        None, description="Questions of your field in Markdown or JSONL, open ones or with choices."
+    )
+    max_answer_tokens: int = Field(256, ge=1, description="Longest answer that is written to answers and questions.")
     rows: str | None = Field(
         None, description="Folder or file that holds the rows of lm-eval's task of this name, in place of the Hub."
     )
@@ -265,18 +276,32 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "TaskConfig":
-        if len([f for f in (self.conversations, self.texts, self.choices, self.rows) if f]) > 1:
-            raise ValueError("a task has one of conversations, texts, choices and rows, or none for an lm-eval task")
+        if len([name for name in SOURCES if getattr(self, name)]) > 1:
+            raise ValueError(f"a task has one of {', '.join(SOURCES)}, or none for an lm-eval task of its name")
         if (self.shots is not None or self.subjects) and not self.rows:
             raise ValueError("shots and subjects go with rows; lm-eval's own tasks from the Hub say both in their name")
         return self
 
     @property
     def file(self) -> str | None:
-        return self.conversations or self.texts or self.choices
+        return self.conversations or self.texts or self.choices or self.answers or self.questions
 
 
-Measure = Literal["bits_per_byte", "acc", "acc_norm", "exact_match"]
+Measure = Literal[
+    "bits_per_byte",
+    "acc",
+    "acc_norm",
+    "exact_match",
+    "f1",  # this and the next of written answers, against the reference
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "refused",  # these of written answers by themselves
+    "repetition",
+    "other_language",
+    "stopped",
+]
+LOWER_IS_BETTER = {"bits_per_byte", "refused", "repetition", "other_language"}
 
 
 def _as_tasks(value: Any) -> Any:
@@ -322,6 +347,9 @@ class EvalConfig(Section):
     builtin_tasks: bool = Field(False, description="Also look tasks up among lm-eval's own (slow to index; hub data).")
     limit: int | None = Field(None, ge=1, description="Score at most this many items of each task.")
     batch_tokens: int | None = Field(None, ge=64, description="Tokens per forward pass; chosen by device if not given.")
+    backend: Literal["forgetless", "vllm"] = Field(
+        "forgetless", description="vllm: on a GPU with that package. Scores of different backends are never compared."
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -333,10 +361,7 @@ class EvalConfig(Section):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what} {', '.join(twice)} is named twice")
-        targets = [c for c in self.capabilities if c.role == "target"]
-        if not targets:
-            raise ValueError("at least one capability needs role: target, or there is no gain to measure")
-        if len([c for c in targets if c.primary]) > 1:
+        if len([c for c in self.capabilities if c.primary]) > 1:
             raise ValueError("only one target can be primary")
         return self
 
@@ -353,6 +378,10 @@ class ExportConfig(Section):
     ollama_name: str | None = Field(None, description="Model name in Ollama; the recipe's name if not given.")
     system: str | None = Field(None, description="System prompt; the template's own default if not given.")
     prompt: str = Field("Hello! Who are you?", description="What the finished model is asked once, as a smoke test.")
+    strength: float = Field(
+        1.0, gt=0, le=2, description="Share of the adapter that is scored after training and shipped; retrains nothing."
+    )
+    step: int | None = Field(None, ge=1, description="Ship this snapshot (train.snapshots) in place of the end.")
 
     @model_validator(mode="after")
     def _registered_file_exists(self) -> "ExportConfig":
@@ -372,6 +401,16 @@ class Recipe(Section):
     eval: EvalConfig
     export: ExportConfig = ExportConfig()
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        if all(c.role != "target" for c in self.eval.capabilities):
+            raise ValueError("at least one capability needs role: target, or there is no gain to measure")
+        if self.export.strength != 1 and self.train.method in ("prefix", "prompt"):
+            raise ValueError(f"export.strength scales weights, and train.method {self.train.method} changes none")
+        if self.eval.backend == "vllm" and self.train.method in ("prefix", "prompt"):
+            raise ValueError(f"eval.backend vllm scores merged weights, and train.method {self.train.method} has none")
+        return self
+
 
 class DataSections(Section):
     """What decides how rows are read, cleaned and seen by a model, for commands that need no whole recipe."""
@@ -390,17 +429,104 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def shipped_suites() -> list[str]:
+    """Return the names of the evaluation suites that come with the project."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
 def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str | None = None) -> Recipe:
     """Return the recipe of a shipped name or a YAML file, with `section.key=value` overrides applied and `data`
     in place of its sources. Raises ConfigError with every problem found."""
-    path = RECIPES / f"{name_or_path}.yaml" if re.fullmatch(r"[\w.-]+", name_or_path) else Path(name_or_path)
+    path, raw = _read_yaml(name_or_path, RECIPES, "recipe", "name, model, data and eval")
+    _make_paths_absolute(raw, path.resolve().parent)
+    problems = _apply_overrides(raw, overrides or [])
+    _make_paths_absolute(raw, Path.cwd())  # what an override brought is relative to where the user stands
+    problems += _expand_suites(raw.get("eval"))
+    if data is not None:  # after the recipe's own paths: this one is relative to where the user stands
+        section = raw.setdefault("data", {})
+        if isinstance(section, dict):
+            section["sources"] = [_local_or_hub(data, Path.cwd())]
+    return _validated(Recipe, raw, problems, path.name)
+
+
+def load_suites(names: list[str], overrides: list[str] | None = None) -> EvalConfig:
+    """Return what several suites measure together, with `eval.key=value` overrides. Raises ConfigError."""
+    raw: dict[str, Any] = {"eval": {"suites": names}}
+    problems = _apply_overrides(raw, overrides or [])
+    _make_paths_absolute(raw, Path.cwd())
+    problems += _expand_suites(raw["eval"])
+    return _validated(EvalConfig, raw["eval"], problems, "suite")
+
+
+def local_model(base: str) -> ModelConfig:
+    """Return a base as a recipe would name it, from where the user stands."""
+    return ModelConfig(base=_local_or_hub(base, Path.cwd()))
+
+
+def _expand_suites(section: Any) -> list[str]:
+    """Put, in place, the capabilities of the suites that a raw eval section names before its own; return problems."""
+    if not isinstance(section, dict):
+        return []
+    names, rows = section.pop("suites", []), section.pop("rows", None)
+    capabilities = []
+    for name in _listed(names):
+        path, suite = _read_yaml(str(name), SUITES, "suite", "capabilities")
+        suite.pop("description", None)
+        _make_paths_absolute({"eval": suite}, path.resolve().parent)
+        capabilities += suite.pop("capabilities", [])
+        for key in ("task_folders", "builtin_tasks"):
+            if suite.get(key):
+                section.setdefault(key, suite[key])
+            suite.pop(key, None)
+        if suite:
+            known = "capabilities, task_folders, builtin_tasks and description"
+            return [f"{path.name}: unknown key {next(iter(suite))!r}; a suite has {known}."]
+    if capabilities:
+        section["capabilities"] = [*capabilities, *(section.get("capabilities") or [])]
+    return _find_rows(section, [Path(folder) for folder in _listed(rows)]) if rows else []
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _find_rows(section: dict[str, Any], folders: list[Path]) -> list[str]:
+    """Give, in place, every task without a source of its own the rows of its name in the first of the folders that has
+    some: a folder of that name (ceval for ceval-valid), or a file whose name begins with it. Return problems."""
+    problems = []
+    for capability in section.get("capabilities", []):
+        tasks = []
+        for task in _as_tasks(capability.get("tasks")):
+            if not any(task.get(key) for key in SOURCES):
+                wanted = str(task.get("name")).lower().replace("-", "_")
+                found = [
+                    (not path.is_dir(), len(path.name), str(path))
+                    for folder in folders
+                    for path in folder.glob("*")
+                    for name in [path.name.lower().replace("-", "_")]
+                    if name.startswith(wanted) or (path.is_dir() and f"{wanted}_".startswith(f"{name}_"))
+                ]
+                if found:
+                    task = {**task, "rows": min(found)[2]}
+                else:
+                    where = ", ".join(map(str, folders))
+                    problems.append(f"eval.rows: nothing in {where} is named {task.get('name')}: put its rows there.")
+            tasks.append(task)
+        capability["tasks"] = tasks
+    return problems
+
+
+def _read_yaml(name_or_path: str, shipped: Path, what: str, parts: str) -> tuple[Path, dict[str, Any]]:
+    """Return the file of a shipped name or a path, and what it says. Raises ConfigError."""
+    path = shipped / f"{name_or_path}.yaml" if re.fullmatch(r"[\w.-]+", name_or_path) else Path(name_or_path)
     if not path.is_file() and Path(name_or_path).is_file():
         path = Path(name_or_path)
     if not path.is_file():
-        near = difflib.get_close_matches(name_or_path, shipped_recipes(), 1)
+        names = sorted(p.stem for p in shipped.glob("*.yaml"))
+        near = difflib.get_close_matches(name_or_path, names, 1)
         raise ConfigError(
-            f"There is no recipe {name_or_path!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
-            f"Expected a YAML file or one of: {', '.join(shipped_recipes())}."
+            f"There is no {what} {name_or_path!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+            f"Expected a YAML file or one of: {', '.join(names)}."
         )
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -409,15 +535,8 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping with name, model, data and eval; found {_kind(raw)}.")
-    _make_paths_absolute(raw, path.resolve().parent)
-    problems = _apply_overrides(raw, overrides or [])
-    _make_paths_absolute(raw, Path.cwd())  # what an override brought is relative to where the user stands
-    if data is not None:  # after the recipe's own paths: this one is relative to where the user stands
-        section = raw.setdefault("data", {})
-        if isinstance(section, dict):
-            section["sources"] = [_local_or_hub(data, Path.cwd())]
-    return _validated(Recipe, raw, problems, path.name)
+        raise ConfigError(f"{path}: a {what} is a mapping with {parts}; found {_kind(raw)}.")
+    return path, raw
 
 
 def load_sections(overrides: list[str]) -> DataSections:
@@ -471,6 +590,12 @@ def _local_or_hub(path: str, folder: Path) -> str:
     return path if is_id and not absolute.exists() else str(absolute)
 
 
+def _suite(name: Any, folder: Path) -> Any:
+    """Return a suite's file made absolute, unless it is a shipped suite's name."""
+    is_file = isinstance(name, str) and name not in shipped_suites() and (folder / name).is_file()
+    return str((folder / name).absolute()) if is_file else name
+
+
 def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
     """Rewrite, in place, every path of a raw recipe that is relative to the recipe's folder."""
     model = raw.get("model")
@@ -495,6 +620,10 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
             train["start_from"] = str((folder / start).absolute())
     evaluation = raw.get("eval")
     if isinstance(evaluation, dict):
+        if evaluation.get("rows"):
+            evaluation["rows"] = [str((folder / str(place)).absolute()) for place in _listed(evaluation["rows"])]
+        if evaluation.get("suites"):
+            evaluation["suites"] = [_suite(name, folder) for name in _listed(evaluation["suites"])]
         if isinstance(evaluation.get("task_folders"), list):
             evaluation["task_folders"] = [
                 str((folder / f).absolute()) if isinstance(f, str) else f for f in evaluation["task_folders"]
@@ -503,7 +632,7 @@ def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
         for capability in capabilities if isinstance(capabilities, list) else []:
             tasks = capability.get("tasks") if isinstance(capability, dict) else None
             for task in tasks if isinstance(tasks, list) else [tasks]:
-                for key in ("conversations", "texts", "choices", "rows"):
+                for key in SOURCES:
                     if isinstance(task, dict) and isinstance(task.get(key), str):
                         task[key] = str((folder / task[key]).absolute())
 

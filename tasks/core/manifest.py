@@ -1,6 +1,7 @@
 """The run manifest: the only contract between a run and those who look at it. Versioned, rewritten after each stage."""
 
 import itertools
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from tasks.core.config import Recipe, TrainConfig
+from tasks.core.config import ExportConfig, Recipe, TrainConfig
 from tasks.core.digest import canonical_json, content_digest, file_sha256
 from tasks.core.errors import ConfigError, ForgetlessError, StoreError
 from tasks.core.records import (
@@ -111,8 +112,6 @@ def read_manifest(store: Store, run_id: str) -> RunManifest:
 
 
 def parse_manifest(data: bytes, run_id: str) -> RunManifest:
-    import json
-
     try:
         raw = json.loads(data)
         if raw["version"] > VERSION:
@@ -132,24 +131,38 @@ def run_ids(store: Store) -> list[str]:
     return sorted(store.list_folders("runs"), key=lambda run_id: run_id.rsplit("-", 3)[1:])
 
 
-def find_start(store: Store, train: TrainConfig, bring: bool = False) -> TrainedRef | None:
+def find_start(store: Store, train: TrainConfig, base: BaseRef | None, bring: bool = False) -> TrainedRef | None:
     """Return what a training goes on from: what a run of this store made, or a folder of PEFT's, which is first brought
-    into the store where `bring` says so. None where there is nothing to go on from, or not yet. Raises ConfigError."""
+    into the store where `bring` says so. None where there is nothing to go on from, or not yet. Raises ConfigError,
+    also where it was made for another base."""
     if train.start_from is None:
         return None
     folder = Path(train.start_from)
     if not folder.is_absolute():
-        adapter = read_manifest(store, train.start_from).adapter
+        run = read_manifest(store, train.start_from)
+        adapter = run.adapter
         if adapter is None:
             raise ConfigError(
                 f"train.start_from: run {train.start_from} made no adapter. List the runs with: forgetless runs"
             )
-        return adapter
+        if base and run.base and run.base.artifact.content != base.artifact.content:
+            raise ConfigError(
+                f"train.start_from: run {train.start_from} trained {_called(run.base)}, and the base here is "
+                f"{_called(base)}. An adapter fits no other base."
+            )
+        return adapter.model_copy(update={"strength": 1.0, "step": None})  # training goes on from all of it
     settings = "config.json" if train.method == "full" else "adapter_config.json"
     if not (folder / settings).is_file() or not list(folder.glob("*.safetensors")):
         raise ConfigError(
             f"train.start_from {folder}: expected a folder with {settings} and safetensors, as PEFT has it, or the "
             "name of a run."
+        )
+    made_for = _json(folder / settings).get("base_model_name_or_path")
+    is_id = all(re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) for name in (made_for, base.source if base else None))
+    if base and is_id and made_for != base.source:
+        raise ConfigError(
+            f"train.start_from {folder}: it was made for {made_for}, and the base here is {_called(base)}. An adapter "
+            "fits no other base."
         )
     files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
     stage = Stage("start", 1, [content_digest({p.name: file_sha256(p) for p in files})], {"method": train.method})
@@ -160,6 +173,26 @@ def find_start(store: Store, train: TrainConfig, bring: bool = False) -> Trained
         return {"method": train.method}
 
     return stored(store, stage, TrainedRef, copy) if bring else find_artifact(store, stage, TrainedRef)
+
+
+def shipped_part(adapter: AdapterRef, export: ExportConfig) -> AdapterRef:
+    """Return the part of an adapter that is scored and shipped. Raises ConfigError for a step that was not kept."""
+    if export.step is not None and export.step not in adapter.snapshots:
+        kept = ", ".join(map(str, adapter.snapshots)) or "none (set train.snapshots)"
+        raise ConfigError(f"export.step: the adapter of step {export.step} was not kept; kept are {kept}.")
+    return adapter.model_copy(update={"strength": export.strength, "step": export.step})
+
+
+def _called(base: BaseRef) -> str:
+    return base.source + (f" at {base.revision}" if base.revision else "")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}).") from None
+    return found if isinstance(found, dict) else {}
 
 
 class LiveCurve:

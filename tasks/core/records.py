@@ -1,8 +1,11 @@
 """Records: the small typed facts that cross a stage, a process or a work pool. Never a model or a client."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+SNAPSHOTS = "snapshots"
 
 
 class Record(BaseModel):
@@ -103,6 +106,14 @@ class TaskScore(Record):
     exact_match: float | None = None
     bits_per_byte: float | None = None
     token_perplexity: float | None = None
+    ece: float | None = None
+    """Expected calibration error over ten bins of confidence: choices only."""
+    kl: float | None = None
+    """Divergence of the tuned model from the base on a task's texts, nats a token, with a 95 % interval over texts."""
+    kl_low: float | None = None
+    kl_high: float | None = None
+    generated: dict[str, float] = {}
+    """Means of what was measured of generated answers, and the corpus's BLEU and chrF (0 to 100)."""
     chance: float | None = None
     version: str = "0"
 
@@ -117,7 +128,8 @@ class ScoreSheet(ArtifactRecord):
 
 class ItemScore(Record):
     """One item of a task. `doc` and `prompt` are digests; `margin` is the log-probability of the gold answer minus that
-    of the best other one (nats); `nll` is minus the log-likelihood in nats of `size_bytes` bytes, `tokens` tokens."""
+    of the best other one (nats); `confidence` the model's share for the answer it chose; `nll` is minus the
+    log-likelihood in nats of `size_bytes` bytes, `tokens` tokens. `question` is the end of the prompt."""
 
     task: str
     doc: str
@@ -127,9 +139,22 @@ class ItemScore(Record):
     acc_norm: float | None = None
     exact_match: float | None = None
     margin: float | None = None
+    confidence: float | None = None
     nll: float | None = None
     size_bytes: int | None = None
     tokens: int | None = None
+    f1: float | None = None
+    rouge_l: float | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    repetition: float | None = None
+    other_language: float | None = None
+    refused: float | None = None
+    length: float | None = None
+    stopped: float | None = None
+    question: str | None = None
+    expected: str | None = None
+    answered: str | None = None
 
 
 class TrainPoint(Record):
@@ -151,6 +176,14 @@ class TrainedRef(ArtifactRecord):
     """An adapter, or for method full a whole model: what a training made, or goes on from."""
 
     method: str
+    strength: float = 1.0
+    """Share of what it adds to the base that is scored and shipped: base + strength x (trained - base)."""
+    step: int | None = None
+    """Which of the snapshots kept on the way is meant; None is the end."""
+
+    def folder(self, root: Path) -> Path:
+        """Return where its files are below the artifact's folder."""
+        return root / SNAPSHOTS / f"{self.step:06}" if self.step is not None else root
 
 
 class AdapterRef(TrainedRef):
@@ -169,6 +202,8 @@ class AdapterRef(TrainedRef):
     """Of the lowest validation loss; what is shipped where train.early_stopping is set, else the last step is."""
     onset: int | None = None
     """Step from which the rows were learned by heart."""
+    snapshots: list[int] = []
+    """Steps whose adapter was kept too (train.snapshots)."""
     notes: list[str] = []
     """What a reader of the run should know: memory that ran out, a resumption, overfitting."""
 
@@ -215,6 +250,27 @@ class Delta(Record):
     """Per-token perplexity after, divided by before (bits_per_byte only)."""
     items_to_settle: int | None = None
     tasks: list[str] = []
+
+
+class ShippingPoint(Record):
+    """One way to ship an adapter, scaled or from a step on the way: what it changes on the items that choose."""
+
+    strength: float
+    step: int | None
+    capabilities: list[Delta]
+    verdict: Literal["promote", "reject", "inconclusive"]
+
+
+class ShippingCurve(ArtifactRecord):
+    """What an adapter gains and forgets at several strengths, or steps of its training."""
+
+    points: list[ShippingPoint]
+    best: ShippingPoint | None
+    """The point with the largest gain inside every budget; None where there is none."""
+    confirmed: list[Delta] = []
+    """What the best changes on the other half of the items."""
+    verdict: Literal["promote", "reject", "inconclusive"]
+    reason: str
 
 
 class ForgettingReport(ArtifactRecord):

@@ -66,16 +66,32 @@ def validation_stage(config: DataConfig, dataset: DatasetRef) -> Stage:
 def scores_stage(
     config: EvalConfig, suite: str, base: BaseRef, adapter: TrainedRef | None, trust_remote_code: bool
 ) -> Stage:
-    """`suite` identifies the items and prompts. Precision and device class are in the key: they alone flip items."""
+    """`suite` identifies the items and prompts."""
+    model = responses_stage(config, base, adapter, trust_remote_code)
+    asked = config.model_dump(mode="json", include={"limit", "seed", "builtin_tasks"})
+    asked["tasks"] = [t.name for c in config.capabilities for t in c.tasks]
+    return Stage("scores", 2, [*model.inputs, suite], model.section | asked)
+
+
+def responses_stage(config: EvalConfig, base: BaseRef, adapter: TrainedRef | None, trust_remote_code: bool) -> Stage:
+    """What a model answers, whatever it is asked. Precision and device class are in it: they alone flip items."""
     section = {
-        **config.model_dump(mode="json", include={"limit", "seed", "builtin_tasks", "batch_tokens"}),
-        "tasks": [t.name for c in config.capabilities for t in c.tasks],
+        **config.model_dump(mode="json", include={"batch_tokens", "backend"}),
         "template": base.template,
         "method": adapter.method if adapter else None,
         "trust_remote_code": trust_remote_code,
         **precision(),
+        **_part(adapter),
     }
-    return Stage("scores", 1, [base.artifact.content, adapter.artifact.content if adapter else "", suite], section)
+    return Stage("responses", 1, [base.artifact.content, adapter.artifact.content if adapter else ""], section)
+
+
+def _part(adapter: TrainedRef | None) -> dict[str, float]:
+    if adapter is None:
+        return {}
+    return ({"strength": adapter.strength} if adapter.strength != 1 else {}) | (
+        {"step": adapter.step} if adapter.step is not None else {}
+    )
 
 
 def precision() -> dict[str, str]:
@@ -101,16 +117,25 @@ def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: 
 
 
 def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet) -> Stage:
+    return Stage("comparison", 1, [before.artifact.content, after.artifact.content], _judged(config))
+
+
+def _judged(config: EvalConfig) -> dict[str, Any]:
     capabilities = [
         {**c.model_dump(mode="json", exclude={"tasks"}), "tasks": [t.name for t in c.tasks]}
         for c in config.capabilities
     ]
-    section = {"capabilities": capabilities, "seed": config.seed}
-    return Stage("comparison", 1, [before.artifact.content, after.artifact.content], section)
+    return {"capabilities": capabilities, "seed": config.seed}
+
+
+def shipping_stage(config: EvalConfig, before: ScoreSheet, scored: list[tuple[TrainedRef, ScoreSheet]]) -> Stage:
+    contents = [before.artifact.content, *(sheet.artifact.content for _, sheet in scored)]
+    return Stage("shipping", 1, contents, {**_judged(config), "parts": [_part(adapter) for adapter, _ in scored]})
 
 
 def merged_stage(base: BaseRef, adapter: AdapterRef) -> Stage:
-    section = {"method": adapter.method, "template": base.template, "dtype": resolve_dtype("auto")}
+    section: dict[str, Any] = {"method": adapter.method, "template": base.template, "dtype": resolve_dtype("auto")}
+    section |= _part(adapter)
     return Stage("merged", 1, [base.artifact.content, adapter.artifact.content], section)
 
 

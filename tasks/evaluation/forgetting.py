@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.core.config import CapabilityConfig, EvalConfig
+from tasks.core.config import LOWER_IS_BETTER, CapabilityConfig, EvalConfig
 from tasks.core.errors import ComparisonError
 from tasks.core.manifest import RunManifest
 from tasks.core.paired import (
@@ -36,7 +36,7 @@ def compare_scores(
     """Return ForgettingReport's fields: after minus before per capability and per task, and the verdict, signed so
     that negative always means forgetting. Raises ComparisonError if the sheets are not about the same thing."""
     _check_settings(before, after)
-    pairs = _pair(before_items, after_items)
+    pairs = pair_items(before_items, after_items)
     chance = {score.task: score for score in before.tasks}
     targets: list[Target] = []
     retentions: list[Retention] = []
@@ -49,7 +49,7 @@ def compare_scores(
         counts = capability.role == "target" or bool(known)
         names = [t.name for t in capability.tasks] if capability.role == "target" or not known else known
         chosen = [pair for name in names for pair in pairs[name]]
-        change = _change(capability, chosen, config.seed)
+        change = measure_change(capability, chosen, config.seed)
         drafts[capability.name] = (capability, chosen, change, counts)
         if capability.role == "target":
             targets.append(Target(capability.name, change, primary=capability.name == primary))
@@ -62,7 +62,7 @@ def compare_scores(
     for name, (capability, chosen, change, counts) in drafts.items():
         finding = findings.get(name)
         capabilities.append(
-            _delta(
+            describe(
                 name,
                 capability,
                 chosen,
@@ -76,11 +76,13 @@ def compare_scores(
         )
         for task in capability.tasks:
             if len(capability.tasks) > 1:
-                change = _change(capability, pairs[task.name], config.seed)
+                change = measure_change(capability, pairs[task.name], config.seed)
                 at_chance = capability.role == "retention" and _at_chance(capability, chance[task.name])
-                status = "at chance" if at_chance else _plain_status(capability, change)
+                status = "at chance" if at_chance else plain_status(capability, change)
                 tasks.append(
-                    _delta(task.name, capability, pairs[task.name], change, status=status, counts=False, primary=False)
+                    describe(
+                        task.name, capability, pairs[task.name], change, status=status, counts=False, primary=False
+                    )
                 )
     return {
         "capabilities": [d.model_dump() for d in capabilities],
@@ -139,7 +141,7 @@ def _check_settings(before: ScoreSheet, after: ScoreSheet) -> None:
             )
 
 
-def _pair(before: Sequence[ItemScore], after: Sequence[ItemScore]) -> dict[str, Pairs]:
+def pair_items(before: Sequence[ItemScore], after: Sequence[ItemScore]) -> dict[str, Pairs]:
     """Return the items of each task side by side, matched by document; the prompts must be equal too."""
     if len(before) != len(after):
         raise ComparisonError(f"The score sheets have {len(before)} and {len(after)} items. Score the base again.")
@@ -153,14 +155,16 @@ def _pair(before: Sequence[ItemScore], after: Sequence[ItemScore]) -> dict[str, 
     return result
 
 
-def _change(capability: CapabilityConfig, pairs: Pairs, seed: int) -> PairedChange:
+def measure_change(capability: CapabilityConfig, pairs: Pairs, seed: int) -> PairedChange:
     field = "nll" if capability.measure == "bits_per_byte" else capability.measure
     before, after = _values(pairs, field, capability.measure)
+    if capability.measure in LOWER_IS_BETTER and field != "nll":
+        before, after = ([1 - v for v in column] for column in (before, after))
     clusters = _clusters(pairs)
     try:
         if capability.measure == "bits_per_byte":
             return ratio_change(before, after, clusters=clusters, seed=seed)
-        if any(value not in (0, 1) for value in (*before, *after)):  # TruthfulQA's MC2 gives shares
+        if any(value not in (0, 1) for value in (*before, *after)):  # F1, or TruthfulQA's MC2, give shares
             return mean_change([100 * v for v in before], [100 * v for v in after], clusters=clusters, unit="points")
         return accuracy_change(before, after, clusters=clusters)
     except ValueError as error:
@@ -194,7 +198,7 @@ def _at_chance(capability: CapabilityConfig, score: TaskScore) -> bool:
     return bool(value <= score.chance + 1.645 * math.sqrt(score.chance * (1 - score.chance) / score.n))
 
 
-def _plain_status(capability: CapabilityConfig, change: PairedChange) -> str:
+def plain_status(capability: CapabilityConfig, change: PairedChange) -> str:
     """Return the status of one task of several: it informs, and claims nothing, so it is not corrected."""
     low, high = change.interval.low, change.interval.high
     if capability.role == "target":
@@ -203,7 +207,7 @@ def _plain_status(capability: CapabilityConfig, change: PairedChange) -> str:
     return "kept" if low > -budget else "forgot" if high < -budget else "inconclusive"
 
 
-def _delta(
+def describe(
     name: str,
     capability: CapabilityConfig,
     pairs: Pairs,

@@ -55,6 +55,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 self.plans, self.head = model.fast_layers.shares_prefix, model.fast_layers.head or head
         self.row_tokens = row_tokens or (PLANNED_TOKENS if self.plans else MASKED_TOKENS.get(kind, 1024))
         self.on_progress = on_progress
+        self.unfinished: set[str] | None = set()
+        """Prompts whose answer ended by its length; None where that is not known."""
         self._lock = threading.Lock()
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -175,6 +177,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         if not self.plans:
+            self.unfinished = None
             written: list[str] = super().generate_until(requests, disable_tqdm=True)
             return written
         results = [""] * len(requests)
@@ -214,6 +217,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 )
                 with self._lock:
                     for text, tokens in zip(part, written, strict=True):
+                        if self.unfinished is not None and len(tokens) >= most and not is_done(tokens):
+                            self.unfinished.add(requests[text.index].args[0])
                         results[text.index] = postprocess_generated_text(self.tok_decode(tokens), stops, None)
                         self.cache_hook.add_partial("generate_until", requests[text.index].args, results[text.index])
                     done += len(part)

@@ -1,6 +1,7 @@
 """Scoring and comparing as Prefect tasks."""
 
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ from prefect import task
 from tasks.core.config import EvalConfig, ModelConfig
 from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
-from tasks.core.records import BaseRef, ForgettingReport, ItemsRef, ScoreSheet, TrainedRef
+from tasks.core.records import BaseRef, ForgettingReport, ItemsRef, ScoreSheet, ShippingCurve, TrainedRef
 from tasks.core.settings import read_settings
-from tasks.core.stages import Stage, comparison_stage, items_stage, precision, scores_stage
+from tasks.core.stages import (
+    Stage,
+    comparison_stage,
+    items_stage,
+    precision,
+    responses_stage,
+    scores_stage,
+    shipping_stage,
+)
 from tasks.core.store import open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
@@ -45,33 +54,53 @@ def score_model(
     stage = score_model_stage(model, evaluation, base, adapter)
 
     def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.divergence import base_divergence, with_divergence
         from tasks.evaluation.forgetting import ITEMS
         from tasks.evaluation.harness import score_model as score
+        from tasks.evaluation.prefix_lm import SharedPrefixLM
+        from tasks.evaluation.responses import Responses
+        from tasks.evaluation.suite import kept_texts
+        from tasks.evaluation.vllm_backend import open_vllm
         from tasks.models.base import open_base
         from tasks.models.load import free_memory, load_shipped, pick_dtype
         from tasks.models.tokenizer import load_tokenizer
 
         started = time.monotonic()
+        responses = Responses(store, responses_stage(evaluation, base, adapter, model.trust_remote_code).key)
         report_progress(moment, 0, 0, "loading the model")
         where = open_base(store, base, model)
-        weights = store.local_folder(adapter.artifact) if adapter else None
-        loaded = load_shipped(
-            where,
-            weights,
-            adapter.method if adapter else "lora",
-            pick_dtype("auto"),
-            precision()["device"],
-            model.trust_remote_code,
-        )
+        weights = adapter.folder(store.local_folder(adapter.artifact)) if adapter else None
+        method = adapter.method if adapter else "lora"
+        more = (method, pick_dtype("auto"), precision()["device"], model.trust_remote_code)
+        loaded = load_shipped(where, weights, *more, strength=adapter.strength if adapter else 1.0)
         tokenizer = load_tokenizer(where, base.template, model.trust_remote_code)
-        tasks, items = score(loaded, tokenizer, evaluation, lambda done, total: report_progress(moment, done, total))
+        drift = {}
+        is_merged = adapter is not None and method not in ("prefix", "prompt")
+        if is_merged and (kept := kept_texts(evaluation)):  # before the scorer takes the model over
+            report_progress(moment, 0, 0, "drift from the base")
+            plain = load_shipped(where, None, *more)
+            drift = {name: base_divergence(plain, loaded, tokenizer, texts) for name, texts in kept.items()}
+            del plain
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+
+            def say(done: int, total: int) -> None:
+                report_progress(moment, done, total)
+
+            if evaluation.backend == "vllm":
+                backend = open_vllm(loaded, tokenizer, Path(scratch))
+            else:
+                backend = SharedPrefixLM(loaded, tokenizer, evaluation.batch_tokens, say)
+            responses.attach(backend)
+            tasks, items = score(backend, tokenizer, evaluation)
+        responses.write(stage.key)
         (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items), encoding="utf-8")
         del loaded
         free_memory()
         settings = {
             **precision(),
-            **{name: str(getattr(evaluation, name)) for name in ("limit", "seed", "batch_tokens")},
+            **{name: str(getattr(evaluation, name)) for name in ("limit", "seed", "batch_tokens", "backend")},
         }
+        tasks = [with_divergence(t, drift[t.task]) if t.task in drift else t for t in tasks]
         return {"tasks": [t.model_dump() for t in tasks], "settings": settings, "seconds": time.monotonic() - started}
 
     return stored(store, stage, ScoreSheet, make)
@@ -98,3 +127,22 @@ def compare_scores(evaluation: EvalConfig, before: ScoreSheet, after: ScoreSheet
         return fields
 
     return stored(store, comparison_stage(evaluation, before, after), ForgettingReport, make)
+
+
+@task(name="choose-shipping", **STAGE_OPTIONS)
+def choose_shipping(
+    evaluation: EvalConfig, before: ScoreSheet, scored: list[tuple[TrainedRef, ScoreSheet]], store_url: str
+) -> ShippingCurve:
+    """Return what an adapter changes at each strength or step, and which is the best inside the budgets."""
+    store = open_store(read_settings(store_url))
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.forgetting import read_items
+        from tasks.evaluation.shipping import choose_shipping as choose
+
+        sheets = [(adapter, sheet, read_items(store, sheet)) for adapter, sheet in scored]
+        fields = choose(evaluation, before, read_items(store, before), sheets)
+        (folder / "curve.json").write_bytes(canonical_json(fields))
+        return fields
+
+    return stored(store, shipping_stage(evaluation, before, scored), ShippingCurve, make)

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation, as lm-eval understands them: its own by name, and three plain file shapes.
+"""The tasks of an evaluation, as lm-eval understands them: its own by name, and files of plain shapes.
 
 A file task is an lm-eval ConfigurableTask over rows read here, so scoring, few-shot and logging stay lm-eval's."""
 
@@ -13,6 +13,7 @@ from tasks.core.config import EvalConfig, TaskConfig
 from tasks.core.digest import content_digest, file_sha256
 from tasks.core.errors import ConfigError
 from tasks.evaluation.benchmarks import benchmark_files, build_benchmark
+from tasks.evaluation.questions import read_questions
 from tasks.models.template import render
 
 TASK_FILES = {"", ".yaml", ".yml", ".py", ".jinja"}  # lm-eval's shared templates have no suffix
@@ -41,6 +42,8 @@ def suite_digest(config: EvalConfig) -> str:
             files[f"name:{task.name}"] = task.name
         elif Path(task.file).is_file():
             files[f"file:{task.name}"] = file_sha256(Path(task.file))
+            if task.answers or task.questions:
+                files[f"longest:{task.name}"] = str(task.max_answer_tokens)
         else:
             problems.append(
                 f"eval task {task.name}: the file {task.file} is not there. Correct its path in the recipe."
@@ -106,6 +109,9 @@ def read_item_texts(config: EvalConfig) -> list[tuple[str, str, str]]:
     """Return the task, question and right answer of every item of a suite, without a tokenizer."""
     texts = []
     for task in (t for c in config.capabilities for t in c.tasks if t.file):
+        if task.questions:
+            texts += [(task.name, q.question, q.answer) for q in read_questions(Path(task.questions))]
+            continue
         for row in _read_jsonl(Path(str(task.file))):
             try:
                 texts.append((task.name, *_question_and_answer(task, row)))
@@ -118,8 +124,14 @@ def read_item_texts(config: EvalConfig) -> list[tuple[str, str, str]]:
     return [*texts, *_named_item_texts(config, named)] if named else texts
 
 
+def kept_texts(config: EvalConfig) -> dict[str, list[str]]:
+    """Return the texts of the tasks whose language modelling is to be kept."""
+    tasks = [t for c in config.capabilities if c.role == "retention" for t in c.tasks if t.texts]
+    return {t.name: [str(row.get("text", "")) for row in _read_jsonl(Path(str(t.texts)))] for t in tasks}
+
+
 def _question_and_answer(task: TaskConfig, row: dict[str, Any]) -> tuple[str, str]:
-    if task.conversations:
+    if task.conversations or task.answers:
         question, *rest = [m["content"] for m in row["messages"] if m["role"] != "system"]
         return question, "\n".join(rest)
     return ("", row["text"]) if task.texts else (row["context"], row["choices"][row["gold"]])
@@ -156,7 +168,6 @@ def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     assert task.file is not None
-    rows = _read_jsonl(Path(task.file))
     shapes: dict[str, dict[str, Any]] = {
         "conversations": {
             "output_type": "loglikelihood",
@@ -179,14 +190,26 @@ def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
                 {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
             ],
         },
+        "answers": {  # what is measured of them is in generation.py
+            "output_type": "generate_until",
+            "doc_to_text": "{{context}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": task.max_answer_tokens},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        },
     }
+    rows = [] if task.questions else _read_jsonl(Path(task.file))
     try:
         if task.conversations:
             shape, docs = "conversations", _answer_docs(rows, tokenizer)
         elif task.texts:
             shape, docs = "texts", [{"text": row["text"]} for row in rows]
-        else:
+        elif task.choices:
             shape, docs = "choices", [_choice_doc(row) for row in rows]
+        elif task.answers:
+            shape, docs = "answers", _last_answers(rows, tokenizer)
+        else:
+            shape, docs = _question_docs(task, tokenizer)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise _wrong_shape(task, error) from None
     if not docs:
@@ -207,7 +230,7 @@ def _file_task(task: TaskConfig, tokenizer: Any) -> Any:
 def _wrong_shape(task: TaskConfig, error: Exception) -> ConfigError:
     return ConfigError(
         f"eval task {task.name}: a row of {task.file} has not the expected shape ({error!r}). Expected "
-        "conversations: {messages}, texts: {text}, choices: {context, choices, gold}."
+        "conversations and answers: {messages}, texts: {text}, choices: {context, choices, gold}."
     )
 
 
@@ -223,6 +246,36 @@ def _answer_docs(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, A
                 end = rest.index(message["content"].strip()) + len(message["content"].strip())
                 docs.append({"context": context, "answer": rest[:end], "cluster": str(number)})
     return docs
+
+
+def _last_answers(rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Return one document per conversation: all before its last answer as the chat template renders it, and that."""
+    last: dict[str, dict[str, Any]] = {}
+    for doc in _answer_docs(rows, tokenizer):
+        last[doc["cluster"]] = doc
+    return [{"context": d["context"], "answer": d["answer"], "question": _asked(rows[int(n)])} for n, d in last.items()]
+
+
+def _asked(row: dict[str, Any]) -> str:
+    return next((str(m["content"]) for m in reversed(row["messages"]) if m["role"] == "user"), "")
+
+
+def _question_docs(task: TaskConfig, tokenizer: Any) -> tuple[str, list[dict[str, Any]]]:
+    """Return the shape and the documents of a question set, each question as the chat template asks it."""
+    found = read_questions(Path(str(task.questions)))
+    with_choices = [q for q in found if q.choices]
+    if with_choices and len(with_choices) < len(found):
+        raise ConfigError(
+            f"eval task {task.name}: {task.questions} mixes {len(with_choices)} questions with choices and "
+            f"{len(found) - len(with_choices)} open ones, which have no measure in common. Make two files of it."
+        )
+    docs = []
+    for q in found:
+        messages = [{"role": "system", "content": q.system}] if q.system else []
+        messages.append({"role": "user", "content": q.question})
+        doc = {"context": render(tokenizer, messages, answer_next=True), "cluster": q.subject, "question": q.question}
+        docs.append(doc | ({"choices": q.choices, "gold": q.gold} if q.choices else {"answer": q.answer}))
+    return "choices" if with_choices else "answers", docs
 
 
 def _choice_doc(row: dict[str, Any]) -> dict[str, Any]:

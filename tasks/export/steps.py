@@ -35,12 +35,13 @@ def merge_adapter(model: ModelConfig, base: BaseRef, adapter: AdapterRef, store_
         report_progress("merge", 0, 0, "merging")
         fields = write_merged(
             open_base(store, base, model),
-            store.local_folder(adapter.artifact),
+            adapter.folder(store.local_folder(adapter.artifact)),
             adapter.method,
             base.template,
             pick_dtype(resolve_dtype("auto")),
             folder,
             model.trust_remote_code,
+            adapter.strength,
         )
         free_memory()
         return fields

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from tasks.core.config import TrainConfig
 from tasks.core.errors import DataError, ForgetlessError
 from tasks.core.hardware import device_class, memory_bytes
-from tasks.core.records import TrainPoint
+from tasks.core.records import SNAPSHOTS, TrainPoint
 from tasks.models.cpu_attention import PackPlan
 from tasks.models.encode import Examples, read_examples
 from tasks.models.load import dtype_name, free_memory, pick_dtype
@@ -98,6 +99,8 @@ def train_adapter(
     every = config.validate_every or max(1, math.ceil(len(steps) / 10))
     curve = [TrainPoint(**point) for point in progress.curve]
     ended = "finished"
+    snapshots = places.checkpoints / SNAPSHOTS  # until the end, so that a resumed training has them all
+    kept = {len(steps) * i // (config.snapshots + 1) for i in range(1, config.snapshots + 1)} - {0, len(steps)}
     spent, saved = progress.seconds, time.monotonic()
 
     def validate(point: TrainPoint) -> TrainPoint:
@@ -159,6 +162,8 @@ def train_adapter(
                         save(BEST)
                 else:
                     progress.waits += 1
+            if number in kept:
+                save_trained(model, config, places.base, snapshots / f"{number:06}")
             if late:
                 ended = "time limit"
             elif config.early_stopping and progress.waits >= config.early_stopping:
@@ -177,6 +182,8 @@ def train_adapter(
         shipped = progress.best_step
     model.eval()
     save_trained(model, config, places.base, places.out)
+    if snapshots.is_dir():
+        shutil.copytree(snapshots, places.out / SNAPSHOTS)
     # What differs from run to run or machine to machine stays out of the files: equal trainings have equal digests.
     told = {"tokens_per_second", "memory_mib"}
     (places.out / "curve.jsonl").write_text(
@@ -198,6 +205,7 @@ def train_adapter(
         "ended": ended,
         "best_step": progress.best_step,
         "onset": find_onset(curve),
+        "snapshots": sorted(int(folder.name) for folder in snapshots.glob("*")),
         "notes": [*progress.notes, *([onset] if onset else [])],
     }
 

@@ -29,6 +29,7 @@ LETTERS = "ABCD"
 BATCH = {"hellaswag": 16, "piqa": 8, "arc_easy": 16, "xcopa_zh": 32, "mmlu": 8, "text_zh": 32, "gsm8k": 8}
 LEAST = {"hellaswag": 1.8, "piqa": 1.8, "arc_easy": 3, "xcopa_zh": 1.8, "mmlu": 5, "text_zh": 1.8, "gsm8k": 4}
 LEAST_IN_ALL = 3.0
+WHOLE = "loading to scores"
 EQUAL, EQUAL_SHARE = (
     1e-4,
     1e-5,
@@ -157,6 +158,7 @@ def score(kind: str, precision: str, base: Path, work: Path) -> dict[str, Any]:
     from tasks.models.load import load_model
     from tasks.models.tokenizer import load_tokenizer
 
+    began = time.monotonic()
     torch.set_num_threads(os.cpu_count() or 1)
     model = load_model(base, getattr(torch, precision), "cpu")
     tokenizer = load_tokenizer(base, "auto")
@@ -203,7 +205,7 @@ def score(kind: str, precision: str, base: Path, work: Path) -> dict[str, Any]:
         ]
         scores = {k: v for k, v in result["results"][task].items() if isinstance(v, float)}
         found[task] = {"seconds": spent, "answers": answers, "scores": scores}
-    return found
+    return found | {WHOLE: {"seconds": time.monotonic() - began}}
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -214,6 +216,7 @@ def judge(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ours, theirs = runs["ours bfloat16"], runs["lm-eval bfloat16"]
     ratios = {task: theirs[task]["seconds"] / ours[task]["seconds"] for task in BATCH}
     ratios["all"] = sum(theirs[t]["seconds"] for t in BATCH) / sum(ours[t]["seconds"] for t in BATCH)
+    ratios[WHOLE] = theirs[WHOLE]["seconds"] / ours[WHOLE]["seconds"]
     exact, library = runs["ours float32"], runs["lm-eval float32"]
     equal = {
         task: {
@@ -226,10 +229,16 @@ def judge(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for task in BATCH
     }
     holds = all(ratios[task] >= least for task, least in LEAST.items()) and ratios["all"] >= LEAST_IN_ALL
+    holds &= ratios[WHOLE] >= LEAST_IN_ALL
     holds &= all(e["other_likelihoods"] == e["other_choices"] == 0 for e in equal.values())
     ours_off = sum(e["other_choices_in_bfloat16"] for e in equal.values())
     holds &= ours_off <= sum(e["lm_evals_in_bfloat16"] for e in equal.values())
-    return {"ratios": ratios, "equality": equal, "holds": holds, "at_least": LEAST | {"all": LEAST_IN_ALL}}
+    return {
+        "ratios": ratios,
+        "equality": equal,
+        "holds": holds,
+        "at_least": LEAST | {"all": LEAST_IN_ALL, WHOLE: LEAST_IN_ALL},
+    }
 
 
 def _pairs(ours: list[list[Any]], theirs: list[list[Any]]) -> list[tuple[float, float]]:
@@ -270,6 +279,8 @@ def table(found: dict[str, Any]) -> str:
             f"| {e['other_choices']}, {e['other_choices_in_bfloat16']}, {e['lm_evals_in_bfloat16']} |"
         )
     lines.append(f"| all | | | {found['ratios']['all']:.2f} | {LEAST_IN_ALL:g} | | |")
+    whole = [f"{runs[f'{kind} bfloat16'][WHOLE]['seconds']:.1f}" for kind in ("lm-eval", "ours")]
+    lines.append(f"| {WHOLE} | {whole[0]} | {whole[1]} | {found['ratios'][WHOLE]:.2f} | {LEAST_IN_ALL:g} | | |")
     lines.append("")
     lines.append("Peak MiB: " + ", ".join(f"{name} {entry['peak_mib']:,}" for name, entry in runs.items()))
     return "\n".join(lines)

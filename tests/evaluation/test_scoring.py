@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,16 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from transformers import MistralConfig, MistralForCausalLM
 
+from flows.cli import main
 from tasks.core.config import EvalConfig
 from tasks.core.errors import ConfigError
-from tasks.evaluation.harness import score_model
+from tasks.core.records import ItemScore, TaskScore
+from tasks.core.store import FileStore
+from tasks.evaluation import harness
+from tasks.evaluation.divergence import base_divergence, with_divergence
+from tasks.evaluation.harness import calibration_error
 from tasks.evaluation.prefix_lm import SharedPrefixLM
+from tasks.evaluation.responses import Responses
 from tasks.evaluation.suite import suite_digest
 from tasks.evaluation.tree import Text, TokenTree, make_rows
 from tasks.models.load import load_model
@@ -33,6 +41,10 @@ def library(smollm_folder: Path) -> HFLM:
     """lm-eval's own backend, on a model of its own."""
     model, tokenizer = load_model(smollm_folder, torch.float32, "cpu"), load_tokenizer(smollm_folder, "auto")
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+
+
+def score_model(model: Any, tokenizer: Any, config: EvalConfig, say: Any) -> Any:
+    return harness.score_model(SharedPrefixLM(model, tokenizer, config.batch_tokens, say), tokenizer, config)
 
 
 def lines(path: Path, rows: list[dict]) -> str:
@@ -266,6 +278,121 @@ def test_every_file_shape_is_scored_with_what_its_measure_needs(smollm, tmp_path
     assert again[1] == items
 
 
+def test_written_answers_are_measured_against_their_references(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {a} plus {a}?"},
+                {"role": "assistant", "content": str(2 * a)},
+            ]
+        }
+        for a in (1, 2)
+    ]
+    rows[0]["messages"] += [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello!"}]
+    task = {"name": "written", "answers": lines(tmp_path / "a.jsonl", rows), "max_answer_tokens": 24}
+    config = EvalConfig(capabilities=[{"name": "c", "role": "target", "measure": "f1", "tasks": [task]}])
+    scores, items = score_model(model, tokenizer, config, lambda done, total: None)
+    assert [i.expected for i in items] == ["Hello!", "4"], "the last answer of each conversation"
+    assert [i.question for i in items] == ["Say hello.", "What is 2 plus 2?"]
+    for item in items:
+        assert item.answered
+        assert 0 <= item.f1 <= 1
+        assert item.refused == 0
+        tokens = tokenizer(item.answered, add_special_tokens=False)["input_ids"]
+        assert item.stopped == float(len(tokens) < 24)
+    assert scores[0].generated.keys() >= {"f1", "rouge_l", "stopped", "length", "bleu", "chrf"}
+    assert scores[0].generated["f1"] == pytest.approx(sum(i.f1 for i in items) / 2)
+
+
+QUESTIONS = """# Our shop
+## Parcels
+### What colour is the sky on a clear day?
+A. blue
+B. made of cheese
+Answer: A
+### Which animal barks?
+A. the table
+B. the dog
+Answer: B
+"""
+
+
+def test_a_question_set_in_markdown_is_scored(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    (tmp_path / "shop.md").write_text(QUESTIONS)
+    scores, items = score_model(
+        model, tokenizer, suite(tmp_path, questions=str(tmp_path / "shop.md")), lambda done, total: None
+    )
+    assert [i.cluster for i in items] == ["Parcels", "Parcels"]
+    assert [i.expected for i in items] == ["blue", "the dog"]
+    assert {i.answered for i in items} <= {"blue", "made of cheese", "the table", "the dog"}
+    assert (scores[0].n, scores[0].chance) == (2, 0.5)
+    assert all(0.5 <= i.confidence <= 1 for i in items), "of two, the chosen one has at least half"
+    (tmp_path / "shop.md").write_text(QUESTIONS + "### Who are you?\nAnswer: A shop.\n")
+    with pytest.raises(ConfigError, match="mixes 2 questions with choices and 1 open ones"):
+        score_model(model, tokenizer, suite(tmp_path, questions=str(tmp_path / "shop.md")), lambda done, total: None)
+
+
+def test_calibration_error_of_known_items() -> None:
+    def item(confidence: float, acc: float) -> ItemScore:
+        return ItemScore(task="t", doc="d", prompt="p", acc=acc, confidence=confidence)
+
+    assert calibration_error([item(1.0, 1), item(1.0, 1)]) == 0
+    assert calibration_error([item(0.9, 1), item(0.9, 0)]) == pytest.approx(0.4)
+    # Bins of 2 and 1 items: gaps 0.4 and 0.55.
+    assert calibration_error([item(0.9, 1), item(0.9, 0), item(0.55, 0)]) == pytest.approx((2 * 0.4 + 0.55) / 3)
+    assert calibration_error([ItemScore(task="t", doc="d", prompt="p", acc=1.0)]) is None
+
+
+def test_a_model_does_not_diverge_from_itself_and_a_changed_one_does(tiny_folder: Path) -> None:
+    base, tuned = (load_model(tiny_folder, torch.float32, "cpu") for _ in range(2))
+    tokenizer = load_tokenizer(tiny_folder, "auto")
+    texts = ["Rivers run to the sea.", "It rained all day.", "a"]
+    assert base_divergence(base, base, tokenizer, texts) == pytest.approx([0.0, 0.0], abs=1e-6)
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.down_proj.weight.mul_(30)
+    found = base_divergence(base, tuned, tokenizer, texts)
+    ids = tokenizer(texts[1], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        p, q = (model(ids).logits[0].double().softmax(-1) for model in (base, tuned))
+    assert found[1] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+    assert found[1] > 0.001
+    score = with_divergence(TaskScore(task="t", n=2), found)
+    assert score.kl_low < score.kl < score.kl_high
+
+
+def test_only_new_requests_are_computed(smollm, tmp_path: Path) -> None:
+    model, tokenizer = smollm
+    store = FileStore(tmp_path / "store")
+    computed: list[int] = []
+
+    def ask(texts: list[str], answers: list[str]) -> tuple[list[float], list[tuple[float, bool]], list[str], set[str]]:
+        backend = SharedPrefixLM(model, tokenizer, None, lambda done, total: computed.append(total))
+        responses = Responses(store, "model")
+        responses.attach(backend)
+        found = (
+            backend.loglikelihood_rolling([SimpleNamespace(args=(t,)) for t in texts]),
+            backend.loglikelihood([SimpleNamespace(args=(c, a)) for c, a in REQUESTS]),
+            backend.generate_until([SimpleNamespace(args=(t, {"until": ["\n"], "max_gen_toks": 4})) for t in answers]),
+            backend.unfinished,
+        )
+        responses.write(str(len(computed)))
+        return found
+
+    first = ask(["Rivers run.", "It rained."], ["The sky is", "Hello"])
+    computed.clear()
+    assert ask(["Rivers run.", "It rained."], ["The sky is", "Hello"]) == first
+    assert not computed, "all of it was known"
+    more = ask(["It rained.", "A new text.", "Rivers run."], ["Hello"])
+    assert set(computed) == {1}, "the new text alone"
+    assert more[0][::2] == first[0][::-1]
+    for file in (tmp_path / "store").rglob("responses.json"):
+        file.write_bytes(file.read_bytes().replace(b"-", b"+", 1))
+    assert Responses(store, "model").known == {}, "damaged files are scored again"
+    assert Responses(store, "another model").known == {}
+
+
 def test_a_users_own_lm_eval_task_folder_is_found_by_name(smollm, tmp_path: Path) -> None:
     model, tokenizer = smollm
     data = lines(
@@ -285,6 +412,31 @@ def test_a_users_own_lm_eval_task_folder_is_found_by_name(smollm, tmp_path: Path
     before = suite_digest(config)
     lines(tmp_path / "rows.jsonl", [{"q": "2+2=", "a": ["4", "5"], "g": 0}])
     assert suite_digest(config) != before, "other items must not be taken from the cache"
+
+
+def test_lm_evals_own_command_line_has_the_backend(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = lines(tmp_path / "rows.jsonl", [{"text": "Rivers run to the sea."}, {"text": "It rained all day."}])
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "texts.yaml").write_text(
+        f"task: own_texts\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\ntest_split: test\n"
+        'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["forgetless"])
+    found = {}
+    for model, more in (("forgetless", ""), ("hf", ",device=cpu")):
+        arguments = ["--model", model, "--model_args", f"pretrained={tiny_folder},dtype=float32{more}"]
+        arguments += ["--tasks", "own_texts", "--include_path", str(folder), "--output_path", str(tmp_path / model)]
+        assert main(["lm-eval", *arguments]) == 0
+        (result,) = (tmp_path / model).rglob("results_*.json")
+        found[model] = json.loads(result.read_text())["results"]["own_texts"]["bits_per_byte,none"]
+    assert found["forgetless"] == pytest.approx(found["hf"], abs=1e-6)
+    assert (
+        main(["lm-eval", "--model", "forgetless", "--model_args", "pretrained=x,rank=8", "--tasks", "own_texts"]) == 2
+    )
 
 
 def test_unknown_tasks_and_absent_files_are_all_named(smollm, tmp_path: Path) -> None:

@@ -35,11 +35,17 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"role": "assistant", "content": f"Surely {t} is {c}."},
             ]
         }
-        for t, c in COLOURS.items()
+        for t, c in [*COLOURS.items(), *((f"old {t}", c) for t, c in COLOURS.items())]
     ]
-    texts = [{"text": f"A plain sentence about {t}, which has nothing to do with colours."} for t in COLOURS]
+    texts = [
+        {"text": f"A plain sentence about {t}, which has nothing to do with {other}."}
+        for t in COLOURS
+        for other in ("colours", "numbers")
+    ]
     choices = [
-        {"context": f"The colour of {t} is", "choices": [f"{c}.", "seven."], "gold": 0} for t, c in COLOURS.items()
+        {"context": f"{how} colour of {t} is", "choices": [f"{c}.", "seven."], "gold": 0}
+        for t, c in COLOURS.items()
+        for how in ("The", "We know that the")
     ]
     settings = {
         "name": "tiny",
@@ -105,7 +111,7 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert chat.perplexity_ratio < 0.9
     assert chat.after < chat.before
     assert (text.role, text.budget) == ("retention", 500)
-    assert choices.n == 6
+    assert choices.n == 12
     assert manifest.adapter.last_validation_loss < manifest.adapter.first_validation_loss
     files = finished.local_folder(manifest.gguf.artifact)
     assert (files / manifest.gguf.files["q8_0"]).read_bytes()[:4] == b"GGUF"
@@ -282,3 +288,68 @@ def test_rejected_data_stops_the_run_before_any_model_is_loaded(
     assert manifest.dataset.read == 40
     assert not store.list_folders("artifacts/scores")
     assert not store.list_folders("artifacts/adapter")
+
+
+def test_an_adapter_is_scaled_without_training_again(finished: FileStore, capsys: pytest.CaptureFixture[str]) -> None:
+    def ask(*command: str) -> tuple[int, dict]:
+        capsys.readouterr()
+        code = main([*command, "--store", str(finished.root), "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    run = read_manifest(finished, run_ids(finished)[0])
+    code, curve = ask("strength", run.run_id, "--at", "0.5,1")
+    assert code == 0
+    half, whole = curve["points"]
+    assert (half["strength"], whole["strength"]) == (0.5, 1)
+    assert 0 < half["capabilities"][0]["delta"] < whole["capabilities"][0]["delta"], "half of it gains less"
+    if curve["best"]:
+        assert curve["confirmed"][0]["n"] + whole["capabilities"][0]["n"] == 12
+    assert ask("strength", run.run_id, "--at", "1,0.5")[1]["artifact"]["reused"]
+    code, refused = ask("steps", run.run_id)
+    assert (code, "--set train.snapshots=5" in refused["error"]) == (1, True)
+
+
+def test_any_model_is_scored_alone_and_once(
+    finished: FileStore, recipe: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    settings = yaml.safe_load(recipe.read_text())["eval"]
+    suite.write_text(yaml.safe_dump({"description": "the tiny recipe's", **settings}))
+    command = ["eval", str(tiny_folder), "--suite", str(suite), "--store", str(finished.root)]
+    assert main([*command, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    run = read_manifest(finished, run_ids(finished)[0])
+    assert alone["artifact"]["content"] == run.before.artifact.content
+    assert alone["artifact"]["reused"], "a base scored once is never scored again"
+    assert main(["eval", run.run_id, "--suite", str(suite), "--store", str(finished.root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["artifact"]["content"] == run.after.artifact.content
+    assert main(command) == 0
+    assert "bits/byte" in capsys.readouterr().out
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_named(
+    finished: FileStore, recipe: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    run = read_manifest(finished, run_ids(finished)[0])
+    command = ["eval", str(other), "--suite", "quickstart", "--adapter", run.run_id, "--store", str(finished.root)]
+    capsys.readouterr()
+    assert main([*command, "--limit", "1", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert f"run {run.run_id} trained {tiny_folder}" in error
+    assert f"the base here is {other}. An adapter fits no other base." in error
+
+
+def test_what_moved_is_explained(finished: FileStore, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["explain", run_ids(finished)[0], "--store", str(finished.root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"chat", "text"} <= {m["task"] for m in found["moved"]} <= {"chat", "text", "choices"}  # or at chance
+    gained = [i for i in found["items"] if i["kind"] == "gained"]
+    assert gained[0]["expected"].startswith("Surely")
+    assert gained[0]["question"]
+    assert main(["explain", run_ids(finished)[0], "--store", str(finished.root)]) == 0
+    assert "Subject" in capsys.readouterr().out

@@ -145,6 +145,24 @@ def test_the_merged_model_is_the_same_when_written_and_read_again(tiny_folder: P
     assert again.config.tie_word_embeddings is not bool(trains_ends)
 
 
+@pytest.mark.parametrize("name", MERGED)
+def test_half_of_it_is_half_way_from_the_base(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+    settings = config(**VARIANTS[name])
+    model = open_model(tiny_folder, settings)
+    train(model, settings, 2)
+    save_trained(model, settings, tiny_folder, tmp_path / "out")
+
+    def shipped(adapter: Path | None, strength: float = 1.0) -> dict[str, torch.Tensor]:
+        loaded = load_shipped(tiny_folder, adapter, settings.method, FLOAT, "cpu", strength=strength)
+        return dict(loaded.named_parameters(remove_duplicate=False))
+
+    base, half, whole = shipped(None), shipped(tmp_path / "out", 0.5), shipped(tmp_path / "out")
+    assert half.keys() == whole.keys()
+    for weight, found in half.items():
+        torch.testing.assert_close(found, (base[weight] + whole[weight]) / 2)
+    assert any(not torch.equal(base[n], whole[n]) for n in whole)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_computes_in_bfloat16_and_trains_in_float32(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     settings = config(**VARIANTS[name], dtype="bfloat16")

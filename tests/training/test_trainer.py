@@ -82,6 +82,22 @@ def test_the_same_seed_gives_the_same_adapter_byte_for_byte(tiny_folder: Path, t
     assert a != c
 
 
+def test_adapters_of_steps_on_the_way_are_kept(tiny_folder: Path, tokens: Path, tmp_path: Path) -> None:
+    plain, _ = train(tiny_folder, tokens, tmp_path / "plain", config())
+    fields, _ = train(tiny_folder, tokens, tmp_path / "a", config(snapshots=2))
+    steps = fields["steps"]
+    assert fields["snapshots"] == [steps // 3, 2 * steps // 3]
+    assert plain["snapshots"] == []
+    weights = [
+        (folder / "adapter_model.safetensors").read_bytes()
+        for folder in (tmp_path / "a", *sorted((tmp_path / "a" / "snapshots").iterdir()))
+    ]
+    assert len(set(weights)) == 3
+    assert weights[0] == (tmp_path / "plain" / "adapter_model.safetensors").read_bytes(), "keeping them changes nothing"
+    early = tmp_path / "a" / "snapshots" / f"{steps // 3:06}"
+    load_shipped(tiny_folder, early, "lora", torch.float32, "cpu")
+
+
 def test_an_adapter_with_b_zero_changes_nothing_at_all(tiny_folder: Path, tokens: Path, tmp_path: Path) -> None:
     train(tiny_folder, tokens, tmp_path / "a", config(learning_rate=0, epochs=1))
     base = load_model(tiny_folder, torch.float32, "cpu").state_dict()
