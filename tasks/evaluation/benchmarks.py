@@ -129,6 +129,7 @@ BENCHMARKS = {
     "arc_challenge": Benchmark("arc", "arc_challenge.yaml", _split_files("test", "train"), "JSON Lines"),
     "winogrande": Benchmark("winogrande", "default.yaml", _split_files("validation", "train"), "JSON Lines"),
     "xcopa_zh": Benchmark("xcopa", "default_zh.yaml", _split_files("test", "validation"), "JSON Lines"),
+    "belebele_zho_Hans": Benchmark("belebele", "belebele_zho_Hans.yaml", _split_files("test"), "JSON Lines"),
     "truthfulqa_mc1": Benchmark("truthfulqa", "truthfulqa_mc1.yaml", _truthfulqa, "mc_task.json"),
     "truthfulqa_mc2": Benchmark("truthfulqa", "truthfulqa_mc2.yaml", _truthfulqa, "mc_task.json"),
 }

@@ -41,7 +41,7 @@ class ForgetlessLM(SharedPrefixLM):
             Path(peft) if peft else None,
             method,
             pick_dtype(str(dtype)),
-            device or device_class(),
+            device if device == "cpu" or (device and device_class() == "cuda") else device_class(),  # it says cuda:0
             trust_remote_code,
         )
         tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=trust_remote_code)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.config import RECIPES, load_recipe, shipped_recipes
+from tasks.core.config import RECIPES, load_recipe, load_suites, shipped_recipes, shipped_suites
 from tasks.core.errors import ConfigError
 
 MINIMAL = """
@@ -89,3 +89,56 @@ def test_a_wrong_recipe_gets_a_sentence(tmp_path: Path, text: str, message: str)
 
 def test_the_recipes_folder_is_the_one_that_is_shipped() -> None:
     assert (RECIPES / "quickstart.yaml").is_file()
+
+
+def test_suites_come_before_a_recipes_own_capabilities(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "capabilities: [{name: shop, role: target, tasks: [{name: q, questions: q.md}]}]\nbuiltin_tasks: true\n"
+    )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(MINIMAL.replace("eval:", "eval:\n  suites: [mine.yaml, english]"))
+    config = load_recipe(str(recipe)).eval
+    assert [c.name for c in config.capabilities][:2] == ["shop", "english_knowledge"]
+    assert config.capabilities[0].tasks[0].questions == str(tmp_path / "q.md"), "relative to the suite"
+    assert config.builtin_tasks
+    assert len(config.capabilities) > 5, "the recipe's own come after them"
+
+
+@pytest.mark.parametrize("name", shipped_suites())
+def test_every_shipped_suite_is_valid(name: str) -> None:
+    tasks = [t for c in load_suites([name]).capabilities for t in c.tasks]
+    assert all(Path(t.file).is_file() for t in tasks if t.file)
+    assert all(t.file or load_suites([name]).builtin_tasks for t in tasks)
+
+
+def test_rows_of_benchmarks_are_found_by_name(tmp_path: Path) -> None:
+    for place in ("a/ceval/val", "a/cmmlu", "b/mmlu/test"):
+        (tmp_path / place).mkdir(parents=True)
+    for file in ("b/xcopa_zh_test.jsonl", "b/xcopa_zh_test_labels.jsonl", "b/belebele_zho_Hans.jsonl"):
+        (tmp_path / file).write_text("")
+    folders = f"eval.rows=[{tmp_path / 'a'}, {tmp_path / 'b'}]"
+    found = {t.name: t.rows for c in load_suites(["chinese"], [folders]).capabilities for t in c.tasks}
+    assert found == {
+        "ceval-valid": str(tmp_path / "a" / "ceval"),
+        "cmmlu": str(tmp_path / "a" / "cmmlu"),
+        "xcopa_zh": str(tmp_path / "b" / "xcopa_zh_test.jsonl"),
+        "belebele_zho_Hans": str(tmp_path / "b" / "belebele_zho_Hans.jsonl"),
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_suites(["english"], [folders])
+    assert f"nothing in {tmp_path / 'a'}, {tmp_path / 'b'} is named gsm8k: put its rows there." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "a suite is a mapping with capabilities; found a list"),
+        ("capabilties: []", "unknown key 'capabilties'; a suite has capabilities, task_folders"),
+    ],
+)
+def test_a_wrong_suite_is_said(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_suites([str(tmp_path / "s.yaml")])
+    with pytest.raises(ConfigError, match="There is no suite 'chinse'; did you mean 'chinese'"):
+        load_suites(["chinse"])

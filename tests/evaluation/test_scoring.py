@@ -427,8 +427,8 @@ def test_lm_evals_own_command_line_has_the_backend(
     )
     monkeypatch.setattr(sys, "argv", ["forgetless"])
     found = {}
-    for model, more in (("forgetless", ""), ("hf", ",device=cpu")):
-        arguments = ["--model", model, "--model_args", f"pretrained={tiny_folder},dtype=float32{more}"]
+    for model in ("forgetless", "hf"):
+        arguments = ["--model", model, "--model_args", f"pretrained={tiny_folder},dtype=float32", "--device", "cpu"]
         arguments += ["--tasks", "own_texts", "--include_path", str(folder), "--output_path", str(tmp_path / model)]
         assert main(["lm-eval", *arguments]) == 0
         (result,) = (tmp_path / model).rglob("results_*.json")
