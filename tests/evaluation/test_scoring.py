@@ -434,9 +434,8 @@ def test_lm_evals_own_command_line_has_the_backend(
         (result,) = (tmp_path / model).rglob("results_*.json")
         found[model] = json.loads(result.read_text())["results"]["own_texts"]["bits_per_byte,none"]
     assert found["forgetless"] == pytest.approx(found["hf"], abs=1e-6)
-    assert (
-        main(["lm-eval", "--model", "forgetless", "--model_args", "pretrained=x,rank=8", "--tasks", "own_texts"]) == 2
-    )
+    wrong = ["--model", "forgetless", "--model_args", f"pretrained={tiny_folder},rank=8"]
+    assert main(["lm-eval", *wrong, "--tasks", "own_texts", "--include_path", str(folder)]) == 2
 
 
 def test_unknown_tasks_and_absent_files_are_all_named(smollm, tmp_path: Path) -> None:
