@@ -348,7 +348,7 @@ def show_curve(curve: ShippingCurve, by: str) -> None:
     console.print(f"\nBest inside the budgets: [bold]{best}[/]. On the other half of the items:")
     console.print(delta_table(curve.confirmed))
     console.print(Text.assemble((mark, style), " ", (curve.reason, "bold")))
-    if best != "end":
+    if best not in ("end", "1"):
         console.print(f"Ship it: the run's own command with --set export.{by}={best}; nothing is trained again.")
 
 
