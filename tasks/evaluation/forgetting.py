@@ -193,9 +193,10 @@ def _clusters(pairs: Pairs) -> list[str] | None:
 def _at_chance(capability: CapabilityConfig, score: TaskScore) -> bool:
     """Return whether a base that only guesses would do as well (one-sided, 5 %, normal approximation)."""
     value = getattr(score, capability.measure, None)
-    if capability.measure == "bits_per_byte" or score.chance is None or value is None:
+    chance = 0.0 if capability.measure == "exact_match" else score.chance  # nobody guesses a number that is asked for
+    if capability.measure == "bits_per_byte" or chance is None or value is None:
         return False
-    return bool(value <= score.chance + 1.645 * math.sqrt(score.chance * (1 - score.chance) / score.n))
+    return bool(value <= chance + 1.645 * math.sqrt(chance * (1 - chance) / score.n))
 
 
 def plain_status(capability: CapabilityConfig, change: PairedChange) -> str:

@@ -123,3 +123,21 @@ def test_a_measure_that_a_task_does_not_give_is_said() -> None:
     config = EvalConfig(capabilities=[{"name": "chat", "role": "target", "measure": "acc", "tasks": ["zh"]}])
     with pytest.raises(ComparisonError, match="Task zh gives no acc"):
         compare(text_items(NLL), text_items(NLL), config)
+
+
+def test_a_base_that_solves_nothing_cannot_forget_it() -> None:
+    config = EvalConfig(
+        capabilities=[
+            {"name": "chat", "role": "target", "measure": "bits_per_byte", "tasks": ["zh"]},
+            {"name": "sums", "role": "retention", "measure": "exact_match", "budget": 5, "tasks": ["gsm"]},
+        ]
+    )
+
+    def solved(count: int) -> list[ItemScore]:
+        return [ItemScore(task="gsm", doc=f"g{i}", prompt=f"g{i}", exact_match=float(i < count)) for i in range(60)]
+
+    after = text_items([v * 0.7 for v in NLL])
+    never = compare(text_items(NLL) + solved(0), after + solved(0), config)
+    assert (never["capabilities"][1]["status"], never["capabilities"][1]["counts"]) == ("at chance", False)
+    some = compare(text_items(NLL) + solved(30), after + solved(10), config)
+    assert (some["capabilities"][1]["status"], some["verdict"]) == ("forgot", "reject")
