@@ -474,10 +474,10 @@ def _expand_suites(section: Any) -> list[str]:
         suite.pop("description", None)
         _make_paths_absolute({"eval": suite}, path.resolve().parent)
         capabilities += suite.pop("capabilities", [])
-        for key in ("task_folders", "builtin_tasks"):
-            if suite.get(key):
-                section.setdefault(key, suite[key])
-            suite.pop(key, None)
+        if suite.pop("builtin_tasks", False):
+            section.setdefault("builtin_tasks", True)
+        if folders := suite.pop("task_folders", None):
+            section["task_folders"] = [*(section.get("task_folders") or []), *_listed(folders)]
         if suite:
             known = "capabilities, task_folders, builtin_tasks and description"
             return [f"{path.name}: unknown key {next(iter(suite))!r}; a suite has {known}."]

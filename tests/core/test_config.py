@@ -94,13 +94,15 @@ def test_the_recipes_folder_is_the_one_that_is_shipped() -> None:
 def test_suites_come_before_a_recipes_own_capabilities(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "capabilities: [{name: shop, role: target, tasks: [{name: q, questions: q.md}]}]\nbuiltin_tasks: true\n"
+        "task_folders: [evals]\n"
     )
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(MINIMAL.replace("eval:", "eval:\n  suites: [mine.yaml, english]"))
+    recipe.write_text(MINIMAL.replace("eval:", "eval:\n  task_folders: [own]\n  suites: [mine.yaml, english]"))
     config = load_recipe(str(recipe)).eval
     assert [c.name for c in config.capabilities][:2] == ["shop", "english_knowledge"]
     assert config.capabilities[0].tasks[0].questions == str(tmp_path / "q.md"), "relative to the suite"
     assert config.builtin_tasks
+    assert config.task_folders == [str(tmp_path / "own"), str(tmp_path / "evals")], "a suite's are added"
     assert len(config.capabilities) > 5, "the recipe's own come after them"
 
 
