@@ -94,7 +94,7 @@ def score_model(
             tasks, items = score(backend, tokenizer, evaluation)
         responses.write(stage.key)
         (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items), encoding="utf-8")
-        del loaded
+        del loaded, backend  # the backend holds the model too
         free_memory()
         settings = {
             **precision(),
