@@ -13,6 +13,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from tasks.core.config import TaskConfig
 from tasks.core.errors import ConfigError
 
@@ -56,7 +58,12 @@ def _mmlu(path: Path, subject: str | None) -> Splits:
 
     def row(found: dict[str, Any]) -> dict[str, Any]:
         choices = [found[letter] for letter in LETTERS]
-        return {"question": found["question"], "choices": choices, "answer": LETTERS.index(found["answer"])}
+        answer = found["answer"]
+        return {
+            "question": found["question"],
+            "choices": choices,
+            "answer": LETTERS.index(answer) if answer in list(LETTERS) else len(LETTERS),  # refused below
+        }
 
     return {
         split: [row(r) for r in _csv(path / split / f"{subject}_{split}.csv", columns)] for split in ("test", "dev")
@@ -138,15 +145,34 @@ BENCHMARKS = {
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def build_benchmark(task: TaskConfig) -> list[Any]:
-    """Return lm-eval's task objects of a benchmark over local rows: one, or one a subject. Raises ConfigError for a
-    benchmark or subject that is not known, files that are not there, and more examples than there are."""
+def check_rows(task: TaskConfig) -> list[str]:
+    """Return what is wrong with a benchmark over local rows, found without loading lm-eval: a name or subject that it
+    does not know, and subjects of which there are no rows."""
     benchmark = BENCHMARKS.get(task.name)
     if benchmark is None:
-        raise ConfigError(
+        return [
             f"eval task {task.name}: it cannot be read from local rows; those that can are {', '.join(BENCHMARKS)}. "
             "Give other tasks as choices, texts or conversations, or as a folder of lm-eval tasks."
-        )
+        ]
+    path = Path(str(task.rows))
+    if not benchmark_files(task):
+        return [f"eval task {task.name}: there are no rows in {path}. Correct its path in the recipe."]
+    known = _subjects(task, benchmark)
+    problems = []
+    for subject in task.subjects:
+        if subject not in known:
+            near = difflib.get_close_matches(subject, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            problems.append(f"eval task {task.name}: it has no subject {subject!r}{hint}")
+        elif not next(iter(benchmark.read(path, subject).values())):  # the split that is scored comes first
+            problems.append(_no_rows(task, benchmark, subject))
+    return problems
+
+
+def build_benchmark(task: TaskConfig) -> list[Any]:
+    """Return lm-eval's task objects of a benchmark over local rows that `check_rows` has passed: one, or one a subject.
+    Raises ConfigError for files that hold no rows, and more examples than there are."""
+    benchmark = BENCHMARKS[task.name]
     path = Path(str(task.rows))
     found = []
     for subject, config in _descriptions(task, benchmark):
@@ -155,33 +181,40 @@ def build_benchmark(task: TaskConfig) -> list[Any]:
         if tested not in splits:
             if benchmark.has_subjects and not task.subjects:
                 continue  # a part of the subjects is a benchmark too
-            what = f" of {subject}" if subject else ""
-            raise ConfigError(f"eval task {task.name}: {path} has no rows{what} to score. Expected {benchmark.forms}.")
+            raise ConfigError(_no_rows(task, benchmark, subject))
         found.append(_build(task, config, splits, tested))
     if not found:
-        raise ConfigError(f"eval task {task.name}: {path} has no rows to score. Expected {benchmark.forms}.")
+        raise ConfigError(_no_rows(task, benchmark, None))
     return found
+
+
+def _no_rows(task: TaskConfig, benchmark: Benchmark, subject: str | None) -> str:
+    what = f" of {subject}" if subject else ""
+    return f"eval task {task.name}: {task.rows} has no rows{what} to score. Expected {benchmark.forms}."
 
 
 def _descriptions(task: TaskConfig, benchmark: Benchmark) -> Iterator[tuple[str | None, dict[str, Any]]]:
     """Yield each subject with lm-eval's description of it; None and the only one where there are no subjects."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    spec = util.find_spec("lm_eval.tasks")
-    assert spec and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0]) / benchmark.folder
     if not benchmark.has_subjects:
-        yield None, load_yaml(folder / benchmark.files)
+        yield None, load_yaml(_folder(benchmark) / benchmark.files)
         return
-    files = {re.sub(f"^{re.escape(task.name)}_", "", p.stem): p for p in sorted(folder.glob(benchmark.files))}
-    for subject in task.subjects:
-        if subject not in files:
-            near = difflib.get_close_matches(subject, files, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigError(f"eval task {task.name}: it has no subject {subject!r}{hint}")
-    for subject, path in files.items():
+    for subject, path in _subjects(task, benchmark).items():
         if not task.subjects or subject in task.subjects:
             yield subject, load_yaml(path)
+
+
+def _folder(benchmark: Benchmark) -> Path:
+    spec = util.find_spec("lm_eval.tasks")
+    assert spec and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / benchmark.folder
+
+
+def _subjects(task: TaskConfig, benchmark: Benchmark) -> dict[str, Path]:
+    """Return lm-eval's description of each subject of a benchmark that has subjects."""
+    files = sorted(_folder(benchmark).glob(benchmark.files)) if benchmark.has_subjects else []
+    return {re.sub(f"^{re.escape(task.name)}_", "", p.stem): p for p in files}
 
 
 def _build(task: TaskConfig, config: dict[str, Any], splits: Splits, tested: str) -> Any:
@@ -200,7 +233,31 @@ def _build(task: TaskConfig, config: dict[str, Any], splits: Splits, tested: str
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
         if kept.get(key) and kept[key] not in splits:
             kept[key] = None
-    return ConfigurableTask(config=kept)
+    number = 1  # building the task reads the first row
+    try:
+        built = ConfigurableTask(config=kept)
+        docs = built.eval_docs
+        for number in range(1, len(docs) + 1):
+            if not _has_answer(built, docs[number - 1]):
+                raise ValueError("its answer is none of its choices")
+    except (KeyError, IndexError, TypeError, ValueError, SyntaxError, TemplateError) as error:
+        raise ConfigError(
+            f"eval task {config['task']}: row {number} of those that are scored in {task.rows} has not the columns or "
+            f"the answer that lm-eval reads ({type(error).__name__}: {error}). Correct or remove it; expected "
+            f"{BENCHMARKS[task.name].forms}."
+        ) from None
+    return built
+
+
+def _has_answer(task: Any, doc: dict[str, Any]) -> bool:
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return True
+    choices = task.doc_to_choice(doc)
+    found = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    return all(
+        0 <= one < len(choices) if isinstance(one, int) else one in choices
+        for one in (found if isinstance(found, list) else [found])
+    )
 
 
 def benchmark_files(task: TaskConfig) -> dict[str, Path]:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -158,8 +159,13 @@ def _item(task: str, leaf: str, sample: dict[str, Any], tokenizer: Any, unfinish
             "confidence": 1 / sum(math.exp(score - scores[best]) for score in scores),
             "answered": choices[best][:SHOWN],
         }
-        gold = int(sample["target"]) if str(sample["target"]).isdigit() else None
-        if gold is not None and gold < len(scores):
+        gold = int(sample["target"]) if re.fullmatch(r"-?\d+", str(sample["target"])) else None
+        if gold is not None:
+            if not 0 <= gold < len(scores):  # lm-eval only warns, and counts it as answered wrongly
+                raise ConfigError(
+                    f"eval task {leaf}: the answer {gold} is none of the {len(scores)} choices (counted from 0) of its "
+                    f"item {fields['question'][-80:]!r}. Correct or remove it."
+                )
             fields["margin"] = scores[gold] - max(s for i, s in enumerate(scores) if i != gold)
             fields["expected"] = choices[gold][:SHOWN]
     elif len(responses) == 1 and isinstance(responses[0], str):

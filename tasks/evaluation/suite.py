@@ -4,6 +4,7 @@ A file task is an lm-eval ConfigurableTask over rows read here, so scoring, few-
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from tasks.core.config import EvalConfig, TaskConfig
 from tasks.core.digest import content_digest, file_sha256
 from tasks.core.errors import ConfigError
-from tasks.evaluation.benchmarks import benchmark_files, build_benchmark
+from tasks.evaluation.benchmarks import benchmark_files, build_benchmark, check_rows
 from tasks.evaluation.questions import read_questions
 from tasks.models.template import render
 
@@ -27,14 +28,10 @@ def suite_digest(config: EvalConfig) -> str:
     problems = []
     for task in (t for c in config.capabilities for t in c.tasks):
         if task.rows:
-            found = benchmark_files(task)
-            if not found:
-                problems.append(
-                    f"eval task {task.name}: there are no rows in {task.rows}. Correct its path in the recipe."
-                )
+            problems += check_rows(task)
             asked: dict[str, Any] = task.model_dump(mode="json", include={"shots", "subjects"})
             asked |= {
-                "files": {place: file_sha256(p) for place, p in found.items()},
+                "files": {place: file_sha256(p) for place, p in benchmark_files(task).items()},
                 "lm-eval": metadata.version("lm-eval"),
             }
             files[f"rows:{task.name}"] = content_digest(asked)
@@ -78,11 +75,26 @@ def build_tasks(config: EvalConfig, tokenizer: Any) -> Suite:
     """Return the tasks of a suite. Raises ConfigError for names that are not known and rows of the wrong shape."""
     wanted = [t for c in config.capabilities for t in c.tasks]
     named = [t.name for t in wanted if t.file is None and not t.rows]
-    benchmarks = {t.name: build_benchmark(t) for t in wanted if t.rows}
-    found = [*named, *(_file_task(t, tokenizer) for t in wanted if t.file is not None)]
-    found += [part for parts in benchmarks.values() for part in parts]
-    leaves = {name: [str(part.config.task) for part in parts] for name, parts in benchmarks.items()}
+    local = [t for t in wanted if t.file is not None or t.rows]
+    built = _of_each(local, lambda t: build_benchmark(t) if t.rows else [_file_task(t, tokenizer)])
+    found = [*named, *(part for parts in built for part in parts)]
+    leaves = {
+        t.name: [str(part.config.task) for part in parts] for t, parts in zip(local, built, strict=True) if t.rows
+    }
     return Suite(found, _known_tasks(config, named), leaves)
+
+
+def _of_each(tasks: list[TaskConfig], work: Callable[[TaskConfig], list[Any]]) -> list[list[Any]]:
+    """Return what `work` makes of each task. Raises one ConfigError with what is wrong with any of them."""
+    made, problems = [], []
+    for task in tasks:
+        try:
+            made.append(work(task))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return made
 
 
 def _known_tasks(config: EvalConfig, named: list[str]) -> Any:
@@ -107,21 +119,23 @@ def _known_tasks(config: EvalConfig, named: list[str]) -> Any:
 
 def read_item_texts(config: EvalConfig) -> list[tuple[str, str, str]]:
     """Return the task, question and right answer of every item of a suite, without a tokenizer."""
-    texts = []
-    for task in (t for c in config.capabilities for t in c.tasks if t.file):
-        if task.questions:
-            texts += [(task.name, q.question, q.answer) for q in read_questions(Path(task.questions))]
-            continue
-        for row in _read_jsonl(Path(str(task.file))):
-            try:
-                texts.append((task.name, *_question_and_answer(task, row)))
-            except (KeyError, TypeError, IndexError, ValueError) as error:
-                raise _wrong_shape(task, error) from None
-    others = [t for c in config.capabilities for t in c.tasks if not t.file]
-    for part in (part for t in others if t.rows for part in build_benchmark(t)):
-        texts += _item_texts(str(part.config.task), part)
-    named = [t.name for t in others if not t.rows]
+    tasks = [t for c in config.capabilities for t in c.tasks]
+    local = [t for t in tasks if t.file or t.rows]
+    texts = [text for found in _of_each(local, _local_item_texts) for text in found]
+    named = [t.name for t in tasks if t not in local]
     return [*texts, *_named_item_texts(config, named)] if named else texts
+
+
+def _local_item_texts(task: TaskConfig) -> list[tuple[str, str, str]]:
+    if task.rows:
+        return [text for part in build_benchmark(task) for text in _item_texts(str(part.config.task), part)]
+    if task.questions:
+        return [(task.name, q.question, q.answer) for q in read_questions(Path(task.questions))]
+    rows = _read_jsonl(Path(str(task.file)))
+    try:
+        return [(task.name, *_question_and_answer(task, row)) for row in rows]
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise _wrong_shape(task, error) from None
 
 
 def kept_texts(config: EvalConfig) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.core.config import EvalConfig, TaskConfig
 from tasks.core.errors import ConfigError
-from tasks.evaluation.benchmarks import BENCHMARKS, build_benchmark
+from tasks.evaluation.benchmarks import BENCHMARKS, LETTERS, build_benchmark
 from tasks.evaluation.suite import read_item_texts, suite_digest
 from tests.conftest import DATA
 
@@ -62,20 +62,72 @@ def test_subjects_can_be_chosen(mmlu: Path) -> None:
     ("name", "options", "sentence"),
     [
         ("mmlu", {"shots": 6}, "mmlu_anatomy: 6 examples are wanted before each question, and there are 5. Lower its"),
-        ("mmlu", {"subjects": ["anatmy"]}, "it has no subject 'anatmy'; did you mean 'anatomy'"),
-        (
-            "mmlu",
-            {"subjects": ["virology"]},
-            "has no rows of virology to score. Expected a folder with test/SUBJECT_test",
-        ),
         ("cmmlu", {}, "has no rows to score. Expected a folder with test/SUBJECT.csv"),
         ("gsm8k", {}, "has no rows to score. Expected a folder with test.jsonl"),
-        ("squad", {}, "it cannot be read from local rows; those that can are mmlu"),
     ],
 )
 def test_what_is_missing_is_said(mmlu: Path, name: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         build(name, mmlu, **options)
+
+
+def test_all_that_is_missing_is_known_before_lm_eval_is_loaded(mmlu: Path, tmp_path: Path) -> None:
+    tasks: list[dict[str, Any]] = [
+        {"name": "mmlu", "rows": str(mmlu), "subjects": ["anatmy", "virology", "anatomy"]},
+        {"name": "squad", "rows": str(mmlu)},
+        {"name": "cmmlu", "rows": str(tmp_path / "absent")},
+        {"name": "own", "texts": str(tmp_path / "absent.jsonl")},
+    ]
+    with pytest.raises(ConfigError) as caught:
+        suite_digest(EvalConfig(capabilities=[{"name": "c", "role": "target", "tasks": tasks}]))
+    misspelt, without_rows, unknown, no_folder, no_file = caught.value.problems
+    assert misspelt == "eval task mmlu: it has no subject 'anatmy'; did you mean 'anatomy'?"
+    assert "has no rows of virology to score. Expected a folder with test/SUBJECT_test" in without_rows
+    assert "squad: it cannot be read from local rows; those that can are mmlu" in unknown
+    assert f"cmmlu: there are no rows in {tmp_path / 'absent'}." in no_folder
+    assert "own: the file" in no_file
+
+
+def test_what_is_wrong_in_several_tasks_is_said_at_once(mmlu: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"context": "c", "choices": ["a", "b"], "gold": 2}\n', encoding="utf-8")
+    tasks: list[dict[str, Any]] = [
+        {"name": "mmlu", "rows": str(mmlu), "shots": 6},
+        {"name": "own", "choices": str(tmp_path / "own.jsonl")},
+    ]
+    with pytest.raises(ConfigError) as caught:
+        read_item_texts(EvalConfig(capabilities=[{"name": "c", "role": "target", "tasks": tasks}]))
+    assert ["mmlu_anatomy" in caught.value.problems[0], "own" in caught.value.problems[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "sentence"),
+    [
+        (
+            "arc_easy",
+            [["A", "B"], ["A", "E"]],
+            "arc_easy: row 2 of those .* has not the columns or the answer .*'E' is not in list",
+        ),
+        ("mmlu", "ABE", "mmlu_anatomy: row 3 of .*: its answer is none of its choices"),
+        ("ceval-valid", "AE", "ceval-valid_accountant: row 2 of .* has not the columns or the answer"),
+    ],
+)
+def test_an_answer_outside_the_choices_is_refused(tmp_path: Path, name: str, rows: Any, sentence: str) -> None:
+    if name == "arc_easy":
+        lines = [
+            {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": key} for _, key in rows
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        where = tmp_path / "rows.jsonl"
+    else:
+        where = tmp_path
+        asked = [["Which?", "w", "x", "y", "z", answer] for answer in rows]
+        if name == "mmlu":
+            write_csv(tmp_path / "test" / "anatomy_test.csv", asked)
+        else:
+            header = ["id", "question", *LETTERS, "answer"]
+            write_csv(tmp_path / "val" / "accountant_val.csv", [header, *(["0", *row] for row in asked)])
+    with pytest.raises(ConfigError, match=sentence):
+        build(name, where, shots=0)
 
 
 def test_rows_without_labels_are_refused(tmp_path: Path) -> None:
