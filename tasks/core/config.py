@@ -319,6 +319,13 @@ class CapabilityConfig(Section):
     budget: float | None = Field(
         None, gt=0, description="Accepted loss: points for accuracies, percent for bits_per_byte."
     )
+    weight: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="How much a target's gain counts when a strength or step is chosen; by default 1 for the primary, "
+        "0 for others.",
+    )
     tasks: Annotated[list[TaskConfig], BeforeValidator(_as_tasks)] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -327,6 +334,10 @@ class CapabilityConfig(Section):
             raise ValueError("only a retention capability has a budget; remove it, or set role: retention")
         if self.role == "retention" and self.primary:
             raise ValueError("only a target can be primary")
+        if self.role == "retention" and self.weight is not None:
+            raise ValueError(
+                "a retention capability has a budget to keep and no weight; remove it, or set role: target"
+            )
         return self
 
     @property
@@ -363,7 +374,25 @@ class EvalConfig(Section):
                 raise ValueError(f"{what} {', '.join(twice)} is named twice")
         if len([c for c in self.capabilities if c.primary]) > 1:
             raise ValueError("only one target can be primary")
+        units = {c.unit for c in self.capabilities if self.weights.get(c.name)}
+        if len(units) > 1:
+            raise ValueError(
+                "the targets that count have gains in % and in points, which cannot be added: give those measured "
+                "unlike the primary weight: 0"
+            )
         return self
+
+    @property
+    def primary(self) -> str | None:
+        """The target that decides the gain; None where there is no target."""
+        targets = [c for c in self.capabilities if c.role == "target"]
+        return next((c.name for c in targets if c.primary), targets[0].name if targets else None)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """How much the gain of each target counts where one of several adapters is chosen."""
+        by_default = {c.name: float(c.name == self.primary) for c in self.capabilities if c.role == "target"}
+        return by_default | {c.name: c.weight for c in self.capabilities if c.weight is not None}
 
 
 Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]

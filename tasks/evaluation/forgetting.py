@@ -41,8 +41,6 @@ def compare_scores(
     targets: list[Target] = []
     retentions: list[Retention] = []
     drafts: dict[str, tuple[CapabilityConfig, Pairs, PairedChange, bool]] = {}
-    primary = next((c.name for c in config.capabilities if c.primary), None)
-    primary = primary or next(c.name for c in config.capabilities if c.role == "target")
     for capability in config.capabilities:
         # A whole task may be set aside, never single items: choosing items by the base's answers would bias the delta.
         known = [t.name for t in capability.tasks if not _at_chance(capability, chance[t.name])]
@@ -52,7 +50,7 @@ def compare_scores(
         change = measure_change(capability, chosen, config.seed)
         drafts[capability.name] = (capability, chosen, change, counts)
         if capability.role == "target":
-            targets.append(Target(capability.name, change, primary=capability.name == primary))
+            targets.append(Target(capability.name, change, primary=capability.name == config.primary))
         elif counts:
             retentions.append(Retention(capability.name, change, capability.accepted_loss))
     verdict = judge(targets, retentions)
@@ -69,7 +67,7 @@ def compare_scores(
                 change,
                 status=finding.status if finding else "at chance",
                 counts=counts,
-                primary=name == primary,
+                primary=name == config.primary,
                 items_needed=finding.items_needed if finding else None,
                 tasks=sorted({before_item.task for before_item, _ in chosen}),
             )

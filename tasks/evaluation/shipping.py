@@ -43,13 +43,15 @@ def choose_shipping(
                 verdict=found["verdict"],
             )
         )
-    good = [i for i, p in enumerate(points) if _gain(p) > 0 and all(_is_inside(delta) for delta in p.capabilities)]
+    good = [
+        i for i, p in enumerate(points) if _gain(config, p) > 0 and all(_is_inside(delta) for delta in p.capabilities)
+    ]
     fields: dict[str, Any] = {"points": [p.model_dump() for p in points], "best": None, "verdict": "reject"}
     if not good:
         return fields | {
             "reason": "None of them gains anything inside every budget: train more gently, or with replay."
         }
-    best = max(good, key=lambda i: _gain(points[i]))
+    best = max(good, key=lambda i: _gain(config, points[i]))
     confirmed = compare(scored[best], CONFIRMS)
     return fields | {
         "best": points[best].model_dump(),
@@ -77,5 +79,5 @@ def _is_inside(delta: Delta) -> bool:
     return delta.status != "forgot" and delta.delta >= -(delta.budget or 0)
 
 
-def _gain(point: ShippingPoint) -> float:
-    return next(delta.delta for delta in point.capabilities if delta.primary)
+def _gain(config: EvalConfig, point: ShippingPoint) -> float:
+    return sum(config.weights.get(delta.name, 0) * delta.delta for delta in point.capabilities)

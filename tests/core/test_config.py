@@ -23,6 +23,10 @@ def write(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
+MIXED_UNITS = """    - {name: chat, role: target, weight: 1, measure: bits_per_byte, tasks: [{name: zh, texts: t}]}
+"""
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_parses_and_its_files_exist(name: str) -> None:
     recipe = load_recipe(name)
@@ -77,6 +81,8 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         (MINIMAL + "train: {max_tokens: 4096}", "max_tokens (4096) must not exceed pack_tokens (2048)"),
         (MINIMAL.replace("role: target", "role: retention"), "at least one capability needs role: target"),
         (MINIMAL.replace("role: target", "role: target, budget: 3"), "only a retention capability has a budget"),
+        (MINIMAL.replace("role: target", "role: retention, weight: 1"), "has a budget to keep and no weight"),
+        (MINIMAL + MIXED_UNITS, "gains in % and in points, which cannot be added: give those measured unlike"),
         (MINIMAL.replace("data: {sources: rows.jsonl}", ""), "data: required, but missing."),
         (MINIMAL + "export: {serve: q6_k}", "serve: q6_k is not among quantisations"),
     ],

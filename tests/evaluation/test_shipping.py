@@ -20,6 +20,14 @@ NOISE = np.random.default_rng(1)
 BASE = {task: NOISE.uniform(80, 120, 200) for task in ("zh", "en")}
 
 
+TWO_TARGETS = {
+    "capabilities": [
+        {"name": "chat", "role": "target", "measure": "bits_per_byte", "tasks": ["zh"]},
+        {"name": "poems", "role": "target", "measure": "bits_per_byte", "weight": 3, "tasks": ["en"]},
+    ]
+}
+
+
 def scored(zh: float, en: float) -> tuple[ScoreSheet, list[ItemScore]]:
     """Return items whose nats are so many times the base's, give or take half a percent."""
     items = [
@@ -35,9 +43,9 @@ def adapter(strength: float) -> TrainedRef:
     return TrainedRef(artifact=ARTIFACT, method="lora", strength=strength)
 
 
-def choose(*curve: tuple[float, float, float]) -> dict:
+def choose(*curve: tuple[float, float, float], config: EvalConfig = CONFIG) -> dict:
     entries = [(adapter(strength), *scored(zh, en)) for strength, zh, en in curve]
-    return choose_shipping(CONFIG, *scored(1, 1), entries)
+    return choose_shipping(config, *scored(1, 1), entries)
 
 
 def test_the_largest_gain_inside_every_budget_is_chosen_and_confirmed_on_other_items() -> None:
@@ -48,6 +56,13 @@ def test_the_largest_gain_inside_every_budget_is_chosen_and_confirmed_on_other_i
     chosen_on = found["points"][1]["capabilities"][0]["n"]
     assert chosen_on + found["confirmed"][0]["n"] == 200
     assert 70 < chosen_on < 130
+
+
+def test_what_counts_is_the_weighted_gain_of_the_targets() -> None:
+    curve = ((0.5, 0.9, 0.9), (1.0, 0.8, 0.95))
+    assert choose(*curve, config=EvalConfig(**TWO_TARGETS))["best"]["strength"] == 0.5
+    poems_left_out = [TWO_TARGETS["capabilities"][0], TWO_TARGETS["capabilities"][1] | {"weight": 0}]
+    assert choose(*curve, config=EvalConfig(capabilities=poems_left_out))["best"]["strength"] == 1.0
 
 
 def test_where_no_strength_is_inside_none_is_chosen() -> None:
