@@ -20,7 +20,7 @@ from tasks.evaluation.decode import generate
 from tasks.evaluation.tree import KeysAndValues, Text, TokenTree, TreePlan, make_rows, split_evenly
 from tasks.models.cpu_layers import CpuLayers
 from tasks.models.parallel import map_parallel
-from tasks.models.products import frozen_head
+from tasks.models.products import Product, frozen_head
 
 Request = tuple[Any, list[int], list[int]]
 Result = tuple[float, bool]
@@ -30,6 +30,18 @@ MASKED_TOKENS = {"cpu": 384, "cuda": 8192}
 LOGIT_BYTES = 32 << 20  # in float32, at a time
 BATCH = 64  # texts that are generated together
 GREEDY = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}
+
+
+@torch.inference_mode()
+def _gives_the_logits(model: Any, head: Product) -> bool:
+    """Return whether a projection of what the decoder gives is the model's logits: some models scale them, or more."""
+    tokens = torch.tensor([[0, 1]], device=model.device)
+    decoder = model.get_decoder()
+    if decoder is model:
+        return False
+    expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+    found = head.forward(decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]).float()
+    return bool((found - expected).abs().max() <= 0.02 * expected.abs().max())  # bfloat16's rounding is a tenth of it
 
 
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
@@ -47,12 +59,14 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         if virtual:  # they take up context that texts cannot have
             self._max_length = self.max_length - virtual
         self.plans, self.head = False, None
-        if kind == "cpu" and not virtual:
-            model.requires_grad_(False)
-            if (head := frozen_head(model)) is not None:
+        model.requires_grad_(False)
+        if not virtual and (head := frozen_head(model)) is not None:
+            if kind == "cpu":
                 if not hasattr(model, "fast_layers"):
                     model.fast_layers = CpuLayers(model, head.weight)
-                self.plans, self.head = model.fast_layers.shares_prefix, model.fast_layers.head or head
+                self.plans, head = model.fast_layers.shares_prefix, model.fast_layers.head or head
+            if self.plans or _gives_the_logits(model, head):
+                self.head = head
         self.row_tokens = row_tokens or (PLANNED_TOKENS if self.plans else MASKED_TOKENS.get(kind, 1024))
         self.on_progress = on_progress
         self.unfinished: set[str] | None = set()
@@ -133,6 +147,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             plan = TreePlan(row, past)
             states = self.model.get_decoder()(**inputs, plan=plan).last_hidden_state[0, read]
             kept, project = plan.kept, self.head.forward
+        elif self.head:
+            states = self.model.get_decoder()(**inputs, attention_mask=self._mask(row)).last_hidden_state[0, read]
+            project = self.head.forward
         else:
             inputs |= {"attention_mask": self._mask(row), "logits_to_keep": torch.tensor(read, device=self.device)}
             states, project = self.model(**inputs).logits[0], lambda logits: logits

@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from flows.cli import main
 from tasks.core.config import EvalConfig
@@ -114,6 +123,49 @@ def test_a_model_whose_attention_is_not_ours_is_scored_with_a_mask(tmp_path: Pat
     theirs = HFLM(pretrained=models[1], tokenizer=tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
     found = backend.loglikelihood(requests)
     assert [a for a, _ in found] == pytest.approx([a for a, _ in theirs], abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"logits_scaling": 4.0}, {"logits_scaling": 1.0, "residual_multiplier": 0.5}])
+def test_a_model_that_scales_its_logits_is_scored_as_it_is(tmp_path: Path, smollm, options: dict) -> None:
+    tokenizer = smollm[1]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = GraniteConfig(vocab_size=len(tokenizer), num_hidden_layers=2, **sizes, **options)
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    models = [load_model(tmp_path, torch.float32, "cpu") for _ in range(2)]
+    requests = [SimpleNamespace(args=r) for r in REQUESTS]
+    theirs = HFLM(pretrained=models[1], tokenizer=tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
+    found = SharedPrefixLM(models[0], tokenizer, None, lambda done, total: None).loglikelihood(requests)
+    assert [a for a, _ in found] == pytest.approx([a for a, _ in theirs], abs=1e-4)
+
+
+def peak_growth(kind: str, folder: Path, found: Any) -> None:
+    """Put into `found` by how many MiB scoring long texts and many choices raises this process's peak memory."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 151_936, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+    made = MistralForCausalLM(MistralConfig(**sizes)) if kind == "mask" else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    model, tokenizer = made.eval(), load_tokenizer(folder, "auto")
+    backend = SharedPrefixLM(model, tokenizer, None, lambda done, total: None)
+    assert backend.plans == (kind != "mask")
+    backend.loglikelihood([SimpleNamespace(args=r) for r in REQUESTS])  # code is compiled for the first
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    backend.loglikelihood_rolling([SimpleNamespace(args=("一二三四五六七八" * 400,))])
+    choices = [("Which of them?", f" {i} " + "and so on " * 30) for i in range(200)]
+    backend.loglikelihood([SimpleNamespace(args=r) for r in choices])
+    found.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+@pytest.mark.parametrize("kind", ["plan", "mask"])
+def test_memory_does_not_grow_with_the_vocabulary_or_the_choices(kind: str, smollm_folder: Path) -> None:
+    """The logits of the longest text alone would take 2.3 GB in float32, those of all choices 3.7 GB."""
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    process = context.Process(target=peak_growth, args=(kind, smollm_folder, found))
+    process.start()
+    growth = found.get(timeout=300)
+    process.join()
+    assert growth < 400
 
 
 def test_rolling_log_likelihoods_equal_lm_evals_backend(smollm, library: HFLM) -> None:
