@@ -25,7 +25,7 @@ def read_prompts(path: Path) -> list[list[Message]]:
     """Return the prompts of a file, each as the conversation up to its answer: JSON Lines (prompt, instruction,
     question or text; or messages up to the last question) or a prompt per line. Raises DataError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the prompts of data.replay cannot be read: {error}. Expected a text file.") from None
     prompts = [_prompt(line.strip(), f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

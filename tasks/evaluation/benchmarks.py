@@ -50,7 +50,7 @@ def _jsonl(path: Path) -> Rows:
     if text.lstrip().startswith("["):
         found: Rows = json.loads(text)
         return found
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _mmlu(path: Path, subject: str | None) -> Splits:

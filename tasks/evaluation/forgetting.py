@@ -112,8 +112,8 @@ def compare_runs(store: Store, first: RunManifest, second: RunManifest) -> RunCo
 
 
 def read_items(store: Store, sheet: ScoreSheet) -> list[ItemScore]:
-    lines = (store.local_folder(sheet.artifact) / ITEMS).read_text(encoding="utf-8").splitlines()
-    return [ItemScore.model_validate_json(line) for line in lines]
+    lines = (store.local_folder(sheet.artifact) / ITEMS).read_text(encoding="utf-8").split("\n")
+    return [ItemScore.model_validate_json(line) for line in lines if line]
 
 
 def _flat(node: Any, before: str = "") -> dict[str, str]:

@@ -54,11 +54,11 @@ def test_prompts_are_read_from_lines_objects_and_conversations(tmp_path: Path) -
     path = tmp_path / "prompts.jsonl"
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     asked = [*talk, {"role": "user", "content": "Bye?"}]
-    rows = [{"instruction": "Name a colour."}, {"messages": asked}, {"messages": talk}]
-    path.write_text("Who are you?\n\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"instruction": "Name a\u2028colour."}, {"messages": asked}, {"messages": talk}]
+    path.write_text("Who are you?\n\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert read_prompts(path) == [
         [{"role": "user", "content": "Who are you?"}],
-        [{"role": "user", "content": "Name a colour."}],
+        [{"role": "user", "content": "Name a\u2028colour."}],
         asked,
         talk[:1],
     ]

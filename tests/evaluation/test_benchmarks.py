@@ -170,6 +170,13 @@ def test_its_items_are_known_to_the_search_for_leaks(mmlu: Path) -> None:
     assert texts[0][2] == "C"
 
 
+def test_a_row_ends_at_its_line_feed_alone(tmp_path: Path) -> None:
+    row = {"question": "One\u2028two\x85three\x0cfour?", "answer": "#### 4"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    (task,) = build("gsm8k", tmp_path, shots=0)
+    assert task.eval_docs[0]["question"] == row["question"]
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("name", "path", "items", "prompt"),

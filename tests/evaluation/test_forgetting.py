@@ -1,6 +1,8 @@
 """Deltas and verdicts from score sheets; sheets that must not be compared are refused."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from tasks.core.config import EvalConfig
 from tasks.core.errors import ComparisonError
 from tasks.core.records import ArtifactRef, ItemScore, ScoreSheet
-from tasks.evaluation.forgetting import compare_scores
+from tasks.core.stages import Stage
+from tasks.core.store import FileStore, stored
+from tasks.evaluation.forgetting import ITEMS, compare_scores, read_items
 from tasks.evaluation.harness import summarise
 
 ARTIFACT = ArtifactRef(kind="scores", key="k", uri="file:///x", content="c", size_bytes=1)
@@ -141,3 +145,15 @@ def test_a_base_that_solves_nothing_cannot_forget_it() -> None:
     assert (never["capabilities"][1]["status"], never["capabilities"][1]["counts"]) == ("at chance", False)
     some = compare(text_items(NLL) + solved(30), after + solved(10), config)
     assert (some["capabilities"][1]["status"], some["verdict"]) == ("forgot", "reject")
+
+
+def test_items_with_every_kind_of_line_end_are_read_back(store: FileStore) -> None:
+    question = "One\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\nand eight"
+    item = ItemScore(task="t", doc="d", prompt="p", acc=1.0, question=question)
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / ITEMS).write_text(f"{item.model_dump_json()}\n" * 2, encoding="utf-8")
+        return {"tasks": [], "settings": {}, "seconds": 1.0}
+
+    sheet = stored(store, Stage("scores", 1, [], {}), ScoreSheet, make)
+    assert read_items(store, sheet) == [item, item]
