@@ -17,7 +17,7 @@ import yaml
 
 from tasks.core.errors import ForgetlessError, StoreError, describe_os_error
 from tasks.core.manifest import STAGES, LiveCurve, RunManifest, manifest_path, read_manifest, run_ids
-from tasks.core.records import AdapterRef, ArtifactRef, DataReport, DatasetRef, Delta, GgufRef, TrainPoint
+from tasks.core.records import AdapterRef, ArtifactRef, DataReport, DatasetRef, Delta, GgufRef, ProofRef, TrainPoint
 from tasks.core.settings import read_settings
 from tasks.core.store import Store, open_store
 
@@ -35,6 +35,7 @@ STAGE_WORDS = {
     "compare": "Comparing the scores",
     "merge": "Merging the adapter",
     "gguf": "Converting to GGUF",
+    "proof": "Proving the export",
     "ollama": "Registering in Ollama",
     "publish": "Publishing the results",
 }
@@ -419,13 +420,15 @@ def check_table(report: DataReport) -> pd.DataFrame:
     )
 
 
-def file_table(gguf: GgufRef, served: str) -> pd.DataFrame:
+def file_table(gguf: GgufRef, served: str, proof: ProofRef | None = None) -> pd.DataFrame:
     """Return the exported files, largest first; `served` is the quantisation that Ollama and chat use."""
+    proofs = proof.files if proof else {}
     return _table(
         {
             "Quantisation": f"{name} (served)" if name == served else name,
             "File": gguf.files[name],
             "Size": format_bytes(gguf.sizes_bytes.get(name, 0)),
+            "Proof": proofs[name].summary if name in proofs else "none",
             "sha256": gguf.sha256.get(name, ""),
         }
         for name in sorted(gguf.files, key=lambda name: -gguf.sizes_bytes.get(name, 0))

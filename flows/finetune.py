@@ -31,12 +31,19 @@ from tasks.core.manifest import (
     write_manifest,
 )
 from tasks.core.progress import report_progress
-from tasks.core.records import ArtifactRecord, Record
+from tasks.core.records import QUANTISING, ArtifactRecord, Record
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
 from tasks.data.steps import require_valid, validate_dataset
 from tasks.evaluation.steps import compare_scores, list_evaluation_items
-from tasks.export.steps import convert_to_gguf, merge_adapter, register_in_ollama
+from tasks.export.steps import (
+    choose_merge,
+    convert_to_gguf,
+    merge_adapter,
+    prove_gguf,
+    register_in_ollama,
+    require_proven,
+)
 from tasks.models.steps import prepare_base
 from tasks.reporting.steps import publish_run
 from tasks.training.trackers import check_trackers
@@ -86,18 +93,24 @@ def finetune(
         trained = run.stage(
             "train", lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id)
         )
-        manifest.adapter = adapter = shipped_part(trained, config.export)
+        adapter = shipped_part(trained, config.export)
+        if adapter.method in QUANTISING:
+            manifest.merge_choice = choice = choose_merge(config.model, base, adapter, tokens, url)
+            adapter = adapter.model_copy(update={"onto": choice.onto})
+        manifest.adapter = adapter
         manifest.after = after = run.stage(
             "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
         )
         manifest.report = verdict = run.stage("compare", lambda: compare_scores(config.eval, before, after, url))
         if gate and verdict.verdict != "promote":
-            run.skip("merge", "gguf", "ollama", why=f"the gate is closed: {verdict.verdict}")
+            run.skip("merge", "gguf", "proof", "ollama", why=f"the gate is closed: {verdict.verdict}")
         elif adapter.unmerged:
-            run.skip("merge", "gguf", "ollama", why=adapter.unmerged)
+            run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
         else:
             manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
             manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, merged, url))
+            manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
+            require_proven(config.export, gguf, proof)
             if config.export.ollama:
                 manifest.ollama = run.stage("ollama", lambda: register_in_ollama(config.export, gguf, config.name, url))
             else:

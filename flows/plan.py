@@ -10,6 +10,7 @@ from tasks.core.errors import DataError, ModelError
 from tasks.core.manifest import find_start, shipped_part
 from tasks.core.paired import detectable_change
 from tasks.core.records import (
+    QUANTISING,
     AdapterRef,
     ArtifactRecord,
     BaseRef,
@@ -17,7 +18,9 @@ from tasks.core.records import (
     DatasetRef,
     ForgettingReport,
     GgufRef,
+    MergeChoice,
     ModelRef,
+    ProofRef,
     ReplayRef,
     ScoreSheet,
     TokensRef,
@@ -30,7 +33,9 @@ from tasks.core.stages import (
     dataset_stage,
     gguf_stage,
     items_stage,
+    merge_choice_stage,
     merged_stage,
+    proof_stage,
     replay_stage,
     scores_stage,
     tokens_stage,
@@ -113,12 +118,17 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
     training = adapter_stage(recipe.train, known, tokens, start) if known and tokens else None
     adapter = look("train", training, AdapterRef)
     adapter = shipped_part(adapter, recipe.export) if adapter else None
+    if adapter and adapter.method in QUANTISING:
+        assert base and tokens
+        choice = find_artifact(store, merge_choice_stage(base, adapter, tokens), MergeChoice)
+        adapter = adapter.model_copy(update={"onto": choice.onto}) if choice else None
     after = look(
         "after", scores_stage(recipe.eval, suite, base, adapter, trust) if base and adapter else None, ScoreSheet
     )
     look("compare", comparison_stage(recipe.eval, before, after) if before and after else None, ForgettingReport)
     merged = look("merge", merged_stage(base, adapter) if base and adapter else None, ModelRef)
-    look("gguf", gguf_stage(recipe.export, merged) if merged else None, GgufRef)
+    gguf = look("gguf", gguf_stage(recipe.export, merged) if merged else None, GgufRef)
+    look("proof", proof_stage(gguf, merged, tokens) if gguf and merged and tokens else None, ProofRef)
     stages += [PlannedStage("ollama", "always"), PlannedStage("publish", "always")]
     return {
         "recipe": recipe.name,

@@ -37,6 +37,7 @@ TITLES = {
     "compare": "Compare",
     "merge": "Merge",
     "gguf": "Convert to GGUF",
+    "proof": "Prove the export",
     "ollama": "Register in Ollama",
     "publish": "Publish",
 }
@@ -156,6 +157,16 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
             limit = manifest.recipe.train.max_tokens
             facts.append(("Left out", f"{a.dropped_too_long:,} {what} longer than train.max_tokens={limit}"))
         facts += [("Note", note) for note in a.notes]
+    if manifest.merge_choice:
+        c = manifest.merge_choice
+        onto = {"quantised": "the dequantised base", "full": "the 16-bit base"}
+        nats = ", ".join(
+            f"{c.divergence[name]:.2g} nats into {onto[name]}" for name in sorted(onto, key=lambda n: c.divergence[n])
+        )
+        facts.append(("Merge", f"into {onto[c.onto]}: from the model as trained {nats}"))
+    if manifest.proof:
+        for name, proof in manifest.proof.files.items():
+            facts.append((name, proof.summary))
     if manifest.gguf:
         facts += [("Asked", manifest.gguf.prompt), ("It answers", manifest.gguf.sample)]
     for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):

@@ -141,7 +141,7 @@ with export:
         st.text("Nothing is exported yet.")
     else:
         st.dataframe(
-            results.file_table(manifest.gguf, manifest.recipe.export.serve),
+            results.file_table(manifest.gguf, manifest.recipe.export.serve, manifest.proof),
             hide_index=True,
             alt="Exported files with size and sha256",
         )

@@ -22,8 +22,10 @@ from tasks.core.records import (
     DatasetRef,
     ForgettingReport,
     GgufRef,
+    MergeChoice,
     ModelRef,
     OllamaRef,
+    ProofRef,
     ScoreSheet,
     TokensRef,
     TrainedRef,
@@ -36,7 +38,7 @@ VERSION = 1
 RUN_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 STAGES = (
     *("dataset", "validate", "base", "tokens", "before", "train", "after"),
-    *("compare", "merge", "gguf", "ollama", "publish"),
+    *("compare", "merge", "gguf", "proof", "ollama", "publish"),
 )
 # Each entry turns a manifest of version N (a plain dict) into one of version N + 1.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -72,7 +74,9 @@ class RunManifest(BaseModel):
     after: ScoreSheet | None = None
     report: ForgettingReport | None = None
     merged: ModelRef | None = None
+    merge_choice: MergeChoice | None = None
     gguf: GgufRef | None = None
+    proof: ProofRef | None = None
     ollama: OllamaRef | None = None
     card: ArtifactRef | None = None
     environment: dict[str, str] = {}

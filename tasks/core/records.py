@@ -172,6 +172,9 @@ class TrainPoint(Record):
     """Most that was held so far: of the GPU, or of the process."""
 
 
+QUANTISING = ("qlora", "int8")
+
+
 class TrainedRef(ArtifactRecord):
     """An adapter, or for method full a whole model: what a training made, or goes on from."""
 
@@ -180,6 +183,14 @@ class TrainedRef(ArtifactRecord):
     """Share of what it adds to the base that is scored and shipped: base + strength x (trained - base)."""
     step: int | None = None
     """Which of the snapshots kept on the way is meant; None is the end."""
+    onto: Literal["quantised", "full"] = "quantised"
+    """Into which weights of its base an adapter trained on quantised ones is merged: those, or the ones they were made
+    from."""
+
+    @property
+    def merges_as(self) -> str:
+        """The method as which its weights are loaded and merged."""
+        return "lora" if self.onto == "full" and self.method in QUANTISING else self.method
 
     def folder(self, root: Path) -> Path:
         """Return where its files are below the artifact's folder."""
@@ -293,6 +304,16 @@ class RunComparison(Record):
     reason: str
 
 
+class MergeChoice(ArtifactRecord):
+    """How near the model as trained, on a quantised base, is to each way to merge it: by `onto`, the mean divergence
+    from it (nats a token) and the share of places with the same most likely token."""
+
+    onto: Literal["quantised", "full"]
+    divergence: dict[str, float]
+    agreement: dict[str, float]
+    places: int
+
+
 class ModelRef(ArtifactRecord):
     dtype: str
 
@@ -309,6 +330,53 @@ class GgufRef(ArtifactRecord):
     sample: str
     """What the registered file answered to `prompt`, greedily, through llama.cpp."""
     stopped: bool
+
+
+class FileProof(Record):
+    """What a GGUF file gives beside the merged model."""
+
+    sha256: str
+    size_bytes: int
+    probes: int
+    """Texts in many scripts, code and a conversation, that were split into tokens by both."""
+    same_tokens: bool
+    same_template: bool
+    ends_answers: bool
+    """Whether generation ends at the token that ends an answer in the template."""
+    places: int
+    """Tokens of the merged model's own answers, to held-out prompts and general ones, that both were asked for."""
+    agreement: float
+    """Share of places with the same most likely token."""
+    least_agreement: float
+    divergence: float
+    """Mean Kullback-Leibler divergence of the file from the merged model, nats a token."""
+    most_divergence: float
+    perplexity: float
+    """On held-out rows."""
+    merged_perplexity: float
+    reasons: list[str]
+    """Why the file is not the model that was measured; empty where it is."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+    @property
+    def summary(self) -> str:
+        words = "proven: same tokens, template and ends" if self.passed else f"not proven: {'; '.join(self.reasons)}"
+        return (
+            f"{words}; most likely token the same at {self.agreement:.2%}, divergence {self.divergence:.2g} nats, "
+            f"perplexity {self.perplexity:.2f} (merged {self.merged_perplexity:.2f})"
+        )
+
+
+class ProofRef(ArtifactRecord):
+    """The proof of every file of an export."""
+
+    files: dict[str, FileProof]
+    """By quantisation."""
+    precision: str
+    """In which the merged model was computed."""
 
 
 class OllamaRef(Record):

@@ -10,7 +10,17 @@ from typing import Any
 from tasks.core.config import DataConfig, EvalConfig, ExportConfig, ModelConfig, ReplayConfig, TrainConfig
 from tasks.core.digest import file_sha256, stage_key
 from tasks.core.hardware import device_class, resolve_dtype
-from tasks.core.records import AdapterRef, BaseRef, DatasetRef, ModelRef, ReplayRef, ScoreSheet, TokensRef, TrainedRef
+from tasks.core.records import (
+    AdapterRef,
+    BaseRef,
+    DatasetRef,
+    GgufRef,
+    ModelRef,
+    ReplayRef,
+    ScoreSheet,
+    TokensRef,
+    TrainedRef,
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,13 @@ def responses_stage(config: EvalConfig, base: BaseRef, adapter: TrainedRef | Non
     return Stage("responses", 1, [base.artifact.content, adapter.artifact.content if adapter else ""], section)
 
 
-def _part(adapter: TrainedRef | None) -> dict[str, float]:
+def _part(adapter: TrainedRef | None) -> dict[str, float | str]:
     if adapter is None:
         return {}
-    return ({"strength": adapter.strength} if adapter.strength != 1 else {}) | (
-        {"step": adapter.step} if adapter.step is not None else {}
+    return (
+        ({"strength": adapter.strength} if adapter.strength != 1 else {})
+        | ({"step": adapter.step} if adapter.step is not None else {})
+        | ({"onto": adapter.onto} if adapter.merges_as != adapter.method else {})
     )
 
 
@@ -133,10 +145,19 @@ def shipping_stage(config: EvalConfig, before: ScoreSheet, scored: list[tuple[Tr
     return Stage("shipping", 1, contents, {**_judged(config), "parts": [_part(adapter) for adapter, _ in scored]})
 
 
+def merge_choice_stage(base: BaseRef, adapter: TrainedRef, tokens: TokensRef) -> Stage:
+    section = {"method": adapter.method, "dtype": resolve_dtype("auto"), "device": device_class(), **_part(adapter)}
+    return Stage("merge-choice", 1, [base.artifact.content, adapter.artifact.content, tokens.digest], section)
+
+
 def merged_stage(base: BaseRef, adapter: AdapterRef) -> Stage:
     section: dict[str, Any] = {"method": adapter.method, "template": base.template, "dtype": resolve_dtype("auto")}
     section |= _part(adapter)
     return Stage("merged", 1, [base.artifact.content, adapter.artifact.content], section)
+
+
+def proof_stage(gguf: GgufRef, merged: ModelRef, tokens: TokensRef) -> Stage:
+    return Stage("proof", 1, [gguf.artifact.content, merged.artifact.content, tokens.digest], {})
 
 
 def gguf_stage(config: ExportConfig, merged: ModelRef) -> Stage:

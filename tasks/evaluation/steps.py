@@ -70,7 +70,7 @@ def score_model(
         report_progress(moment, 0, 0, "loading the model")
         where = open_base(store, base, model)
         weights = adapter.folder(store.local_folder(adapter.artifact)) if adapter else None
-        method = adapter.method if adapter else "lora"
+        method = adapter.merges_as if adapter else "lora"
         more = (method, pick_dtype("auto"), precision()["device"], model.trust_remote_code)
         loaded = load_shipped(where, weights, *more, strength=adapter.strength if adapter else 1.0)
         tokenizer = load_tokenizer(where, base.template, model.trust_remote_code)

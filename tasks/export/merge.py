@@ -1,12 +1,53 @@
 """The shipped model: the adapter merged into its base, saved as safetensors."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
-from tasks.models.load import dtype_name, load_shipped
+from tasks.export.distributions import (
+    compare_distributions,
+    next_log_probabilities,
+    record_distributions,
+    row_probes,
+)
+from tasks.models.load import dtype_name, load_model, load_shipped
 from tasks.models.tokenizer import load_tokenizer
+
+
+def compare_merges(
+    base: Path,
+    adapter: Path,
+    method: str,
+    dtype: torch.dtype,
+    device: str,
+    tokens: Path,
+    scratch: Path,
+    on_progress: Callable[[int, int], None],
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Return MergeChoice's fields: how near the model as trained, adapter on quantised base, is to its adapter merged
+    into the quantised weights made plain again, and into those that they were made from."""
+    plain = load_model(
+        base, dtype, device, nf4=method == "qlora", int8=method == "int8", trust_remote_code=trust_remote_code
+    )
+    trained = PeftModel.from_pretrained(plain, str(adapter)).eval()
+    recorded = record_distributions(trained, row_probes(tokens), scratch, on_progress)
+    del trained, plain
+    found = {}
+    for onto, merged_as in (("quantised", method), ("full", "lora")):
+        merged = load_shipped(base, adapter, merged_as, dtype, device, trust_remote_code)
+        found[onto] = compare_distributions(recorded, partial(next_log_probabilities, merged))
+        del merged
+    return {
+        "onto": min(found, key=lambda onto: found[onto].divergence),
+        "divergence": {onto: likeness.divergence for onto, likeness in found.items()},
+        "agreement": {onto: likeness.agreement for onto, likeness in found.items()},
+        "places": found["full"].places,
+    }
 
 
 def write_merged(

@@ -1,22 +1,65 @@
 """Merging, converting and registering as Prefect tasks."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
 from tasks.core.config import ExportConfig, ModelConfig
-from tasks.core.digest import file_sha256
+from tasks.core.digest import canonical_json, file_sha256
 from tasks.core.errors import ExportError
 from tasks.core.hardware import resolve_dtype
 from tasks.core.progress import report_progress
-from tasks.core.records import AdapterRef, BaseRef, GgufRef, ModelRef, OllamaRef
+from tasks.core.records import (
+    AdapterRef,
+    BaseRef,
+    GgufRef,
+    MergeChoice,
+    ModelRef,
+    OllamaRef,
+    ProofRef,
+    TokensRef,
+    TrainedRef,
+)
 from tasks.core.settings import read_settings
-from tasks.core.stages import gguf_stage, merged_stage
+from tasks.core.stages import gguf_stage, merge_choice_stage, merged_stage, precision, proof_stage
 from tasks.core.store import open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
 MODELFILE = "Modelfile"
+
+
+@task(name="choose-merge", **STAGE_OPTIONS)
+def choose_merge(
+    model: ModelConfig, base: BaseRef, adapter: TrainedRef, tokens: TokensRef, store_url: str
+) -> MergeChoice:
+    """Return into which weights an adapter is merged that was trained on a quantised base: those that give the model as
+    it was trained."""
+    store = open_store(read_settings(store_url))
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.export.merge import compare_merges
+        from tasks.models.base import open_base
+        from tasks.models.load import free_memory, pick_dtype
+
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            fields = compare_merges(
+                open_base(store, base, model),
+                adapter.folder(store.local_folder(adapter.artifact)),
+                adapter.method,
+                pick_dtype("auto"),
+                precision()["device"],
+                store.local_folder(tokens.artifact),
+                Path(scratch) / "trained.npy",
+                lambda done, total: report_progress("after", done, total, "which base to merge into"),
+                model.trust_remote_code,
+            )
+        free_memory()
+        (folder / "choice.json").write_bytes(canonical_json(fields))
+        return fields
+
+    return stored(store, merge_choice_stage(base, adapter, tokens), MergeChoice, make)
 
 
 @task(name="merge-adapter", **STAGE_OPTIONS)
@@ -36,7 +79,7 @@ def merge_adapter(model: ModelConfig, base: BaseRef, adapter: AdapterRef, store_
         fields = write_merged(
             open_base(store, base, model),
             adapter.folder(store.local_folder(adapter.artifact)),
-            adapter.method,
+            adapter.merges_as,
             base.template,
             pick_dtype(resolve_dtype("auto")),
             folder,
@@ -93,6 +136,50 @@ def convert_to_gguf(export: ExportConfig, merged: ModelRef, store_url: str) -> G
         }
 
     return stored(store, gguf_stage(export, merged), GgufRef, make)
+
+
+@task(name="prove-gguf", **STAGE_OPTIONS)
+def prove_gguf(gguf: GgufRef, merged: ModelRef, tokens: TokensRef, store_url: str) -> ProofRef:
+    """Return how near every file is to the merged model, and whether its tokens, template and ends are the same."""
+    store = open_store(read_settings(store_url))
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.export.proof import prove_file, record_merged
+        from tasks.models.load import free_memory
+
+        source, files = store.local_folder(merged.artifact), store.local_folder(gguf.artifact)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            recorded = record_merged(
+                source,
+                store.local_folder(tokens.artifact),
+                Path(scratch),
+                lambda done, total: report_progress("proof", done, total, "the merged model"),
+            )
+            free_memory()
+            proofs = {}
+            for done, (quantisation, name) in enumerate(gguf.files.items()):
+                report_progress("proof", done, len(gguf.files), name)
+                proofs[quantisation] = prove_file(files / name, quantisation, source, recorded)
+        fields = {
+            "files": {name: proof.model_dump() for name, proof in proofs.items()},
+            "precision": recorded.precision,
+        }
+        (folder / "proof.json").write_bytes(canonical_json(fields))
+        return fields
+
+    return stored(store, proof_stage(gguf, merged, tokens), ProofRef, make)
+
+
+def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef) -> None:
+    """Raise ExportError where the file that would be registered is not the model that was measured."""
+    found = proof.files[export.serve]
+    if not found.passed:
+        others = [name for name, other in proof.files.items() if other.passed]
+        step = f"Set export.serve to one that is ({', '.join(others)})" if others else "Convert it again"
+        raise ExportError(
+            f"{gguf.files[export.serve]} is not the model that was measured, so it is not registered: "
+            f"{'; '.join(found.reasons)}. {step}; the report is in {proof.artifact.uri}."
+        )
 
 
 @task(name="register-in-ollama", **STAGE_OPTIONS)

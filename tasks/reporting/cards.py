@@ -60,6 +60,8 @@ def write_card(manifest: RunManifest) -> str:
         for quantisation, name in manifest.gguf.files.items():
             size = manifest.gguf.sizes_bytes[quantisation] / 1e6
             facts.append((name, f"{size:.0f} MB, sha256 `{manifest.gguf.sha256[quantisation]}`"))
+            if manifest.proof:
+                facts.append(("", manifest.proof.files[quantisation].summary))
     if manifest.ollama:
         state = "registered" if manifest.ollama.registered else "not registered"
         facts.append(("Ollama", f"{manifest.ollama.name} ({state})"))

@@ -1,0 +1,162 @@
+"""Proof that a GGUF file is the model that was measured: its tokens, template, ends and next words beside the merged
+model's, in float32 where memory allows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tasks.core.digest import file_sha256
+from tasks.core.errors import ExportError
+from tasks.core.hardware import memory_bytes
+from tasks.core.records import FileProof
+from tasks.export.distributions import (
+    Distributions,
+    Probe,
+    answer_probes,
+    compare_distributions,
+    record_distributions,
+    row_probes,
+)
+from tasks.models.llama import quiet_llama
+from tasks.models.load import dtype_name, load_model
+from tasks.models.template import render
+from tasks.models.tokenizer import load_tokenizer
+
+# With which a file passes: the least share of an answer's places with the same most likely token, and the largest mean
+# divergence (nats). F16 and BF16 hold what the merged model holds; the others lose what their bits lose, and a file
+# that loses more than such files do is broken.
+LIMITS = {
+    "f16": (0.99, 0.01),
+    "bf16": (0.99, 0.01),
+    "q8_0": (0.97, 0.02),
+    "q6_k": (0.94, 0.05),
+    "q5": (0.90, 0.1),
+    "q4": (0.80, 0.3),
+    "iq4": (0.80, 0.3),
+}
+LOOSEST = (0.5, 1.5)  # three bits and fewer
+# What tokenizers differ on: scripts, emoji, code, runs of spaces.
+TOKEN_PROBES = (
+    "Hello, world! It's 3.14, or 1,000,000?\n\n\tdef f(x):\r\n        return x  # 缩进  ",
+    "你好，世界！《红楼梦》第１回。繁體字與简体字，日本語のテキスト、한국어 문장。",
+    "🙂👨‍👩‍👧🇨🇳 𠀀𪚥 naïve café Привет мир! שלום مرحبا हिन्दी ไทย",
+    "   leading, trailing   \n\n\n   and    inner\tspaces \u3000\xa0\u200b",
+    "we'll I'M they'VE 'twas ''' ___ a_b-c.d/e\\f {{name}} $x^2$ `code` <b>bold</b>",
+    "SELECT * FROM t WHERE a >= 1; -- 注释\nfor (int i = 0; i < n; ++i) { s += x[i]; }",
+    "2024年1月15日 13:05, ￥1,299.00 (含税)，电话：010-12345678",
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the merged model expects: in its own answers to held-out and general prompts, and in held-out rows."""
+
+    answers: Distributions
+    rows: Distributions
+    precision: str
+
+
+def record_merged(merged: Path, tokens: Path, scratch: Path, on_progress: Callable[[int, int], None]) -> Recorded:
+    """Return what the merged model expects; the files of it are in `scratch`."""
+    size = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    in_float32 = 3 * size < (memory_bytes() or 0)  # the weights are 16 bits each: twice their size, and some room
+    model = load_model(merged, torch.float32 if in_float32 else torch.bfloat16, "cpu")
+    answers = answer_probes(model, load_tokenizer(merged, "auto"), tokens)
+    return Recorded(
+        record_distributions(model, answers, scratch / "answers.npy", on_progress),
+        record_distributions(model, row_probes(tokens), scratch / "rows.npy", on_progress),
+        dtype_name(model.dtype),
+    )
+
+
+def prove_file(path: Path, quantisation: str, merged: Path, recorded: Recorded) -> FileProof:
+    """Return what a GGUF file gives beside the merged model, and each reason for which it is not that model. Raises
+    ExportError where llama.cpp cannot load it."""
+    import llama_cpp
+
+    tokenizer = load_tokenizer(merged, "auto")
+    longest = max(len(probe.ids) for part in (recorded.answers, recorded.rows) for probe in part.probes)
+    threads = torch.get_num_threads()
+    with quiet_llama() as notes:
+        try:
+            model = llama_cpp.Llama(
+                str(path), n_ctx=longest, n_batch=longest, n_threads=threads, logits_all=True, verbose=False
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ExportError(f"{path.name} cannot be loaded: {error} {notes[-1] if notes else ''}".strip()) from error
+
+        def log_probabilities(probe: Probe) -> torch.Tensor:
+            model.reset()
+            model.eval(probe.ids)
+            return torch.from_numpy(np.array(model.scores[probe.places])).log_softmax(-1)
+
+        try:
+            found = compare_distributions(recorded.answers, log_probabilities)
+            perplexity = compare_distributions(recorded.rows, log_probabilities).perplexity
+            other = _first_other_tokens(model, tokenizer)
+            ends = _ends_turn(model, tokenizer)
+            template = model.metadata.get("tokenizer.chat_template")
+            eos = int(model.metadata.get("tokenizer.ggml.eos_token_id", -1))
+        finally:
+            model.close()
+    least, most = next((limits for name, limits in LIMITS.items() if quantisation.startswith(name)), LOOSEST)
+    same_template = template is not None and template.strip() == str(tokenizer.chat_template).strip()
+    checks = [
+        (other is None, f"{other!r} becomes other tokens than in the Hugging Face tokenizer"),
+        (same_template, "its chat template is not the tokenizer's"),
+        (
+            eos == tokenizer.eos_token_id,
+            f"its end-of-text token is {eos}, and the tokenizer's is {tokenizer.eos_token_id}",
+        ),
+        (ends, "the token that ends an answer in the template does not end generation"),
+        (  # stated so that a NaN fails
+            found.agreement >= least,
+            f"its most likely token is the merged model's at {found.agreement:.1%} of {found.places} places in "
+            f"answers, under {least:.0%}",
+        ),
+        (
+            found.divergence <= most,
+            f"its mean divergence from the merged model is {found.divergence:.4f} nats, over {most:g}",
+        ),
+    ]
+    return FileProof(
+        sha256=file_sha256(path),
+        size_bytes=path.stat().st_size,
+        probes=len(TOKEN_PROBES) + 1,
+        same_tokens=other is None,
+        same_template=same_template,
+        ends_answers=ends and eos == tokenizer.eos_token_id,
+        places=found.places,
+        agreement=found.agreement,
+        least_agreement=least,
+        divergence=found.divergence,
+        most_divergence=most,
+        perplexity=perplexity,
+        merged_perplexity=recorded.rows.perplexity,
+        reasons=[reason for holds, reason in checks if not holds],
+    )
+
+
+def _first_other_tokens(model: Any, tokenizer: Any) -> str | None:
+    """Return the first probe that llama.cpp splits into other tokens than the tokenizer; None where there is none."""
+    chat = render(tokenizer, [{"role": "user", "content": "你好 🙂"}, {"role": "assistant", "content": "Hi!\n"}])
+    for probe in (*TOKEN_PROBES, chat):
+        expected = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        if model.tokenize(probe.encode(), add_bos=False, special=True) != expected:
+            return probe
+    return None
+
+
+def _ends_turn(model: Any, tokenizer: Any) -> bool:
+    """Return whether llama.cpp stops at the token that the template puts after an answer."""
+    import llama_cpp
+
+    answered = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yes"}])
+    after = tokenizer(answered.rpartition("yes")[2], add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    end = next((i for i in after if i in special), tokenizer.eos_token_id)
+    return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(model.model), end))
