@@ -36,6 +36,7 @@ STAGE_WORDS = {
     "merge": "Merging the adapter",
     "gguf": "Converting to GGUF",
     "proof": "Proving the export",
+    "served": "Scoring the exported file",
     "ollama": "Registering in Ollama",
     "publish": "Publishing the results",
 }

@@ -217,7 +217,8 @@ def _run(arguments: argparse.Namespace) -> int:
         print(manifest.model_dump_json())
     else:
         show_summary(manifest, store)
-    return GATE_CODES[manifest.report.verdict] if arguments.gate and manifest.report else 0
+    judged = manifest.served if manifest.served and manifest.served.verdict == "reject" else manifest.report
+    return GATE_CODES[judged.verdict] if arguments.gate and judged else 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:

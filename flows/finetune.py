@@ -31,13 +31,14 @@ from tasks.core.manifest import (
     write_manifest,
 )
 from tasks.core.progress import report_progress
-from tasks.core.records import QUANTISING, ArtifactRecord, Record
+from tasks.core.records import QUANTISING, ArtifactRecord, BaseRef, FileRef, ForgettingReport, GgufRef, Record
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
 from tasks.data.steps import require_valid, validate_dataset
-from tasks.evaluation.steps import compare_scores, list_evaluation_items
+from tasks.evaluation.steps import compare_scores, list_evaluation_items, score_file
 from tasks.export.steps import (
     choose_merge,
+    convert_base,
     convert_to_gguf,
     merge_adapter,
     prove_gguf,
@@ -110,14 +111,28 @@ def finetune(
             manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
             manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, merged, url))
             manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
-            require_proven(config.export, gguf, proof)
-            if config.export.ollama:
+            require_proven(config.export, gguf, proof, url)
+            if config.eval.on_gguf:
+                manifest.served = run.stage("served", lambda: check_served(config, base, gguf, url))
+            if manifest.served and manifest.served.verdict == "reject":
+                run.skip("ollama", why=f"the served file is rejected: {manifest.served.reason}")
+            elif config.export.ollama:
                 manifest.ollama = run.stage("ollama", lambda: register_in_ollama(config.export, gguf, config.name, url))
             else:
                 run.skip("ollama", why="export.ollama is false")
         with run.timed("publish"):
             manifest.card = publish_run(manifest, url)
     return manifest
+
+
+def check_served(config: Recipe, base: BaseRef, gguf: GgufRef, url: str) -> ForgettingReport:
+    """Return what the file that is served gained and forgot against the base, both scored in llama.cpp."""
+    served = FileRef(
+        artifact=gguf.artifact, name=gguf.files[config.export.serve], sha256=gguf.sha256[config.export.serve]
+    )
+    plain = convert_base(config.model, base, url)
+    before, after = (score_file(config.model, config.eval, base, file, url) for file in (plain, served))
+    return compare_scores(config.eval, before, after, url)
 
 
 class Run:
@@ -153,7 +168,7 @@ class Run:
     @contextlib.contextmanager
     def timed(self, name: str):  # type: ignore[no-untyped-def]
         """Record the stage as running, then as computed or failed with its seconds."""
-        state = self.manifest.stages[name]
+        state = self.manifest.stages.setdefault(name, StageState())
         state.status = "running"
         write_manifest(self.store, self.manifest)
         report_progress(name, 0, 0)

@@ -38,6 +38,7 @@ TITLES = {
     "merge": "Merge",
     "gguf": "Convert to GGUF",
     "proof": "Prove the export",
+    "served": "Score the file",
     "ollama": "Register in Ollama",
     "publish": "Publish",
 }
@@ -167,6 +168,8 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
     if manifest.proof:
         for name, proof in manifest.proof.files.items():
             facts.append((name, proof.summary))
+    if manifest.served:
+        facts.append(("In llama.cpp", f"{manifest.served.verdict}: {manifest.served.reason}"))
     if manifest.gguf:
         facts += [("Asked", manifest.gguf.prompt), ("It answers", manifest.gguf.sample)]
     for name, record in (("Adapter", manifest.adapter), ("Merged", manifest.merged), ("GGUF", manifest.gguf)):

@@ -46,6 +46,16 @@ def smollm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm_gguf(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's base as an F16 file of llama.cpp's."""
+    from tasks.export.gguf import convert_to_gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "model-f16.gguf"
+    convert_to_gguf(smollm_folder, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with SmolLM2's tokenizer and random weights: everything real but the size."""
     import torch

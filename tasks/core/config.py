@@ -361,6 +361,9 @@ class EvalConfig(Section):
     backend: Literal["forgetless", "vllm"] = Field(
         "forgetless", description="vllm: on a GPU with that package. Scores of different backends are never compared."
     )
+    on_gguf: bool = Field(
+        False, description="Check the budgets on the file that is served too: base and file scored in llama.cpp."
+    )
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -77,6 +77,8 @@ class RunManifest(BaseModel):
     merge_choice: MergeChoice | None = None
     gguf: GgufRef | None = None
     proof: ProofRef | None = None
+    served: ForgettingReport | None = None
+    """The file that is served against the base, both in llama.cpp (eval.on_gguf)."""
     ollama: OllamaRef | None = None
     card: ArtifactRef | None = None
     environment: dict[str, str] = {}

@@ -304,6 +304,13 @@ class RunComparison(Record):
     reason: str
 
 
+class FileRef(ArtifactRecord):
+    """One file of an artifact."""
+
+    name: str
+    sha256: str
+
+
 class MergeChoice(ArtifactRecord):
     """How near the model as trained, on a quantised base, is to each way to merge it: by `onto`, the mean divergence
     from it (nats a token) and the share of places with the same most likely token."""

@@ -4,6 +4,7 @@ Kept apart from the stages themselves so that `plan` can say what is reused with
 when the stage's code would give other bytes for the same inputs."""
 
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tasks.core.records import (
     AdapterRef,
     BaseRef,
     DatasetRef,
+    FileRef,
     GgufRef,
     ModelRef,
     ReplayRef,
@@ -81,6 +83,22 @@ def scores_stage(
     asked = config.model_dump(mode="json", include={"limit", "seed", "builtin_tasks"})
     asked["tasks"] = [t.name for c in config.capabilities for t in c.tasks]
     return Stage("scores", 2, [*model.inputs, suite], model.section | asked)
+
+
+def file_scores_stage(config: EvalConfig, suite: str, file: FileRef, base: BaseRef) -> Stage:
+    section = {
+        **config.model_dump(mode="json", include={"limit", "seed", "builtin_tasks"}),
+        "tasks": [t.name for c in config.capabilities for t in c.tasks],
+        "template": base.template,
+        "backend": "llama.cpp",
+        "version": metadata.version("llama-cpp-python"),
+        "device": device_class(),
+    }
+    return Stage("scores", 2, [file.sha256, base.artifact.content, suite], section)
+
+
+def base_file_stage(base: BaseRef) -> Stage:
+    return Stage("base-gguf", 1, [base.artifact.content], {"template": base.template})
 
 
 def responses_stage(config: EvalConfig, base: BaseRef, adapter: TrainedRef | None, trust_remote_code: bool) -> Stage:

@@ -32,6 +32,18 @@ BATCH = 64  # texts that are generated together
 GREEDY = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}
 
 
+def check_greedy(options: dict[str, Any], penalty: float) -> float:
+    """Return the penalty for repetition, `penalty` where a task names none. Raises ConfigError for options that greedy
+    decoding has not."""
+    odd = sorted(options.keys() - GREEDY)
+    if options.get("do_sample") or options.get("num_beams", 1) != 1 or odd:
+        raise ConfigError(
+            f"A task generates with {', '.join(odd) or 'sampling or beams'}: scores before and after are paired by "
+            "greedy decoding. Set do_sample: false and nothing else in its generation_kwargs."
+        )
+    return float(options.get("repetition_penalty") or penalty)
+
+
 @torch.inference_mode()
 def _gives_the_logits(model: Any, head: Product) -> bool:
     """Return whether a projection of what the decoder gives is the model's logits: some models scale them, or more."""
@@ -204,7 +216,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
             stops = [s for s in handle_stop_sequences(options.pop("until", None), eos=eos) if s]
             most = int(options.pop("max_gen_toks"))
-            penalty = self._check_greedy(options)
+            penalty = check_greedy(options, self.model.generation_config.repetition_penalty or 1.0)
             limit = self.max_length - most
             if limit <= 0:
                 raise ConfigError(
@@ -249,13 +261,3 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     def _ends(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
         return {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or ())}
-
-    def _check_greedy(self, options: dict[str, Any]) -> float:
-        """Return the penalty for repetition. Raises ConfigError for options that greedy decoding has not."""
-        odd = sorted(options.keys() - GREEDY)
-        if options.get("do_sample") or options.get("num_beams", 1) != 1 or odd:
-            raise ConfigError(
-                f"A task generates with {', '.join(odd) or 'sampling or beams'}: scores before and after are paired by "
-                "greedy decoding. Set do_sample: false and nothing else in its generation_kwargs."
-            )
-        return float(options.get("repetition_penalty") or self.model.generation_config.repetition_penalty or 1.0)

@@ -1,6 +1,7 @@
 """Scoring and comparing as Prefect tasks."""
 
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ from prefect import task
 from tasks.core.config import EvalConfig, ModelConfig
 from tasks.core.digest import canonical_json
 from tasks.core.progress import report_progress
-from tasks.core.records import BaseRef, ForgettingReport, ItemsRef, ScoreSheet, ShippingCurve, TrainedRef
+from tasks.core.records import BaseRef, FileRef, ForgettingReport, ItemsRef, ScoreSheet, ShippingCurve, TrainedRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import (
     Stage,
     comparison_stage,
+    file_scores_stage,
     items_stage,
     precision,
     responses_stage,
@@ -101,6 +103,47 @@ def score_model(
             **{name: str(getattr(evaluation, name)) for name in ("limit", "seed", "batch_tokens", "backend")},
         }
         tasks = [with_divergence(t, drift[t.task]) if t.task in drift else t for t in tasks]
+        return {"tasks": [t.model_dump() for t in tasks], "settings": settings, "seconds": time.monotonic() - started}
+
+    return stored(store, stage, ScoreSheet, make)
+
+
+@task(name="score-file", task_run_name="score-{file.name}", **STAGE_OPTIONS)
+def score_file(model: ModelConfig, evaluation: EvalConfig, base: BaseRef, file: FileRef, store_url: str) -> ScoreSheet:
+    """Return the scores of a GGUF file in llama.cpp, with the tokenizer and template of its base."""
+    from tasks.evaluation.suite import suite_digest
+
+    store = open_store(read_settings(store_url))
+    stage = file_scores_stage(evaluation, suite_digest(evaluation), file, base)
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.evaluation.forgetting import ITEMS
+        from tasks.evaluation.gguf_backend import GgufLM
+        from tasks.evaluation.harness import score_model as score
+        from tasks.evaluation.responses import Responses
+        from tasks.models.base import open_base
+        from tasks.models.tokenizer import load_tokenizer
+
+        started = time.monotonic()
+        tokenizer = load_tokenizer(open_base(store, base, model), base.template, model.trust_remote_code)
+        responses = Responses(store, stage.key)
+        path = store.local_folder(file.artifact) / file.name
+        backend = GgufLM(
+            path,
+            tokenizer,
+            base.max_tokens,
+            os.cpu_count() or 1,
+            lambda done, total: report_progress("served", done, total),
+        )
+        try:
+            responses.attach(backend)
+            tasks, items = score(backend, tokenizer, evaluation)
+        finally:
+            backend.close()
+        responses.write(stage.key)
+        (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items), encoding="utf-8")
+        settings = {name: str(getattr(evaluation, name)) for name in ("limit", "seed")}
+        settings |= {"backend": "llama.cpp", "version": stage.section["version"], "device": stage.section["device"]}
         return {"tasks": [t.model_dump() for t in tasks], "settings": settings, "seconds": time.monotonic() - started}
 
     return stored(store, stage, ScoreSheet, make)

@@ -14,6 +14,7 @@ from tasks.core.progress import report_progress
 from tasks.core.records import (
     AdapterRef,
     BaseRef,
+    FileRef,
     GgufRef,
     MergeChoice,
     ModelRef,
@@ -23,7 +24,7 @@ from tasks.core.records import (
     TrainedRef,
 )
 from tasks.core.settings import read_settings
-from tasks.core.stages import gguf_stage, merge_choice_stage, merged_stage, precision, proof_stage
+from tasks.core.stages import base_file_stage, gguf_stage, merge_choice_stage, merged_stage, precision, proof_stage
 from tasks.core.store import open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
@@ -170,9 +171,16 @@ def prove_gguf(gguf: GgufRef, merged: ModelRef, tokens: TokensRef, store_url: st
     return stored(store, proof_stage(gguf, merged, tokens), ProofRef, make)
 
 
-def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef) -> None:
-    """Raise ExportError where the file that would be registered is not the model that was measured."""
+def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef, store_url: str) -> None:
+    """Raise ExportError where the file that would be registered is not the model that was measured, or no longer the
+    file that was proven."""
     found = proof.files[export.serve]
+    path = open_store(read_settings(store_url)).local_folder(gguf.artifact) / gguf.files[export.serve]
+    if (now := file_sha256(path)) != found.sha256:
+        raise ExportError(
+            f"{path} is not the file that was proven: its sha256 is {now}, not {found.sha256}. It is not registered; "
+            f"delete {gguf.artifact.uri} and run the recipe again, which converts it anew."
+        )
     if not found.passed:
         others = [name for name, other in proof.files.items() if other.passed]
         step = f"Set export.serve to one that is ({', '.join(others)})" if others else "Convert it again"
@@ -180,6 +188,23 @@ def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef) -> None
             f"{gguf.files[export.serve]} is not the model that was measured, so it is not registered: "
             f"{'; '.join(found.reasons)}. {step}; the report is in {proof.artifact.uri}."
         )
+
+
+@task(name="convert-base", **STAGE_OPTIONS)
+def convert_base(model: ModelConfig, base: BaseRef, store_url: str) -> FileRef:
+    """Return the base as an F16 file: what the exported file is compared with in llama.cpp."""
+    store = open_store(read_settings(store_url))
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.export.gguf import convert_to_gguf as convert
+        from tasks.models.base import open_base
+
+        report_progress("served", 0, 0, "converting the base")
+        path = folder / "base-f16.gguf"
+        convert(open_base(store, base, model), path)
+        return {"name": path.name, "sha256": file_sha256(path)}
+
+    return stored(store, base_file_stage(base), FileRef, make)
 
 
 @task(name="register-in-ollama", **STAGE_OPTIONS)

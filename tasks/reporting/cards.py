@@ -62,6 +62,8 @@ def write_card(manifest: RunManifest) -> str:
             facts.append((name, f"{size:.0f} MB, sha256 `{manifest.gguf.sha256[quantisation]}`"))
             if manifest.proof:
                 facts.append(("", manifest.proof.files[quantisation].summary))
+    if manifest.served:
+        facts.append(("In llama.cpp", f"{manifest.served.verdict}: {manifest.served.reason}"))
     if manifest.ollama:
         state = "registered" if manifest.ollama.registered else "not registered"
         facts.append(("Ollama", f"{manifest.ollama.name} ({state})"))

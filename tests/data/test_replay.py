@@ -55,9 +55,8 @@ def test_prompts_are_read_from_lines_objects_and_conversations(tmp_path: Path) -
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     asked = [*talk, {"role": "user", "content": "Bye?"}]
     rows = [{"instruction": "Name a\u2028colour."}, {"messages": asked}, {"messages": talk}]
-    path.write_text(
-        "Who are you?\n\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    lines = ["Who are you?\n", *(json.dumps(row, ensure_ascii=False) for row in rows)]
+    path.write_text("\n".join(lines), encoding="utf-8")
     assert read_prompts(path) == [
         [{"role": "user", "content": "Who are you?"}],
         [{"role": "user", "content": "Name a\u2028colour."}],

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from tasks.core.errors import ExportError
 from tasks.export.distributions import compare_distributions, next_log_probabilities
-from tasks.export.gguf import convert_to_gguf, quantise_gguf
+from tasks.export.gguf import quantise_gguf
 from tasks.export.merge import compare_merges
 from tasks.export.proof import Recorded, prove_file, record_merged
 from tasks.models.encode import Encoder, write_examples
@@ -41,11 +41,9 @@ def record(model: Path, folder: Path) -> Recorded:
 
 
 @pytest.fixture(scope="module")
-def smollm(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorded]:
+def smollm(smollm_folder: Path, smollm_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorded]:
     """The real model's F16 file, and what the model expects."""
-    folder = tmp_path_factory.mktemp("proof")
-    convert_to_gguf(smollm_folder, folder / "model-f16.gguf")
-    return folder / "model-f16.gguf", record(smollm_folder, folder)
+    return smollm_gguf, record(smollm_folder, tmp_path_factory.mktemp("proof"))
 
 
 def test_an_f16_file_is_the_model(smollm: tuple[Path, Recorded], smollm_folder: Path) -> None:

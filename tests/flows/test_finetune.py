@@ -80,7 +80,8 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "role": "retention",
                     "tasks": [{"name": "choices", "choices": write_lines(folder / "choices.jsonl", choices)}],
                 },
-            ]
+            ],
+            "on_gguf": True,
         },
         "export": {"quantisations": ["f16", "q8_0"], "ollama": True},
     }
@@ -117,6 +118,10 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert (files / manifest.gguf.files["q8_0"]).read_bytes()[:4] == b"GGUF"
     assert f"FROM ./{manifest.gguf.files['q8_0']}" in (files / "Modelfile").read_text()
     assert "You are a helpful AI assistant named SmolLM" in (files / "Modelfile").read_text()
+    proof = manifest.proof.files["q8_0"]
+    assert (proof.reasons, proof.sha256) == ([], manifest.gguf.sha256["q8_0"])
+    in_transformers, in_llama_cpp = (report.capabilities[0].delta for report in (manifest.report, manifest.served))
+    assert in_llama_cpp == pytest.approx(in_transformers, abs=1)
     assert not manifest.ollama.registered
     assert "ollama create tiny:" in manifest.ollama.note
     card = (finished.local_folder(manifest.card) / "card.md").read_text()
@@ -139,6 +144,21 @@ def test_the_same_command_again_reuses_every_stage(
     shown = capsys.readouterr().out
     assert first.report.reason in shown.replace("\n", " ")
     assert f"forgetless export {again.run_id} --to ollama" in shown
+
+
+def test_a_file_that_was_changed_after_its_proof_is_not_registered(
+    finished: FileStore, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.root, tmp_path / "store")
+    store = FileStore(tmp_path / "store")
+    gguf = read_manifest(finished, "latest").gguf
+    path = store.local_folder(gguf.artifact) / gguf.files["q8_0"]
+    with path.open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(b"\x01" * 10)
+    assert main(["run", str(recipe), "--store", str(store.root)]) == 1
+    assert "is not the file that was proven: its sha256 is" in capsys.readouterr().err.replace("\n", " ")
+    assert read_manifest(store, "latest").stages["ollama"].status == "pending"
 
 
 def test_the_gate_stops_before_the_merge_with_its_exit_code(
