@@ -1,5 +1,6 @@
 """The shipped model: the adapter merged into its base, saved as safetensors."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,4 +67,38 @@ def write_merged(
     model = load_shipped(base, adapter, method, dtype, "cpu", trust_remote_code, strength)
     model.save_pretrained(out, safe_serialization=True)
     load_tokenizer(base, template, trust_remote_code).save_pretrained(out)
+    suit_older_readers(out)
     return {"dtype": dtype_name(dtype)}
+
+
+def suit_older_readers(folder: Path) -> None:
+    """Say in a model's folder what transformers 5 says elsewhere: before it, readers (transformers 4, and servers that
+    convert) look for the chat template, the base of the rotary embedding and the precision in these places."""
+    tokenizer = _read_json(folder / "tokenizer_config.json")
+    if tokenizer:
+        for name in ("backend", "is_local", "local_files_only"):
+            tokenizer.pop(name, None)
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if (template := folder / "chat_template.jinja").is_file():
+            tokenizer["chat_template"] = template.read_text(encoding="utf-8")
+        _write_json(folder / "tokenizer_config.json", tokenizer)
+    config = _read_json(folder / "config.json")
+    if config:
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        if "dtype" in config:
+            config["torch_dtype"] = config["dtype"]
+        _write_json(folder / "config.json", config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
