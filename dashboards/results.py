@@ -502,7 +502,9 @@ def ollama_state(manifest: RunManifest) -> tuple[str, str]:
     if ollama is None:
         return "Not registered in Ollama: this run did not get that far, or its recipe says not to.", chat
     if ollama.registered:
-        return f"Registered in Ollama at {ollama.url} as {ollama.name}.", f"ollama run {ollama.name}"
+        also = f" and {ollama.alias}" if ollama.alias else ""
+        state = f"Registered in Ollama at {ollama.url} as {ollama.name}{also}. {ollama.note}".rstrip()
+        return state, f"ollama run {ollama.name}"
     return f"Not registered in Ollama. {ollama.note}".strip(), chat
 
 

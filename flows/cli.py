@@ -126,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         "--to", required=True, choices=["ollama", "dir"], help="register in Ollama, or copy to a folder"
     )
     export.add_argument("--out", metavar="DIR", help="folder for --to dir")
+    text = "push the registered model to ollama.com too, as NAMESPACE[/NAME[:TAG]]"
+    export.add_argument("--push", metavar="NAMESPACE", help=text)
     dashboard = add("dashboard", _dashboard, "Open the dashboard on the store.")
     dashboard.add_argument("--port", type=int, default=8501)
     add("doctor", _doctor, "Check this machine, and say what each missing piece costs.", output)
@@ -400,6 +402,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from tasks.core.errors import ConfigError, ExportError
 
     store, manifest, gguf = _exported(arguments)
+    if arguments.push and arguments.to != "ollama":
+        raise ConfigError("--push goes with --to ollama.")
     if arguments.to == "dir":
         if not arguments.out:
             raise ConfigError("--to dir needs --out DIR: the folder to copy the GGUF files and the Modelfile to.")
@@ -410,16 +414,26 @@ def _export(arguments: argparse.Namespace) -> int:
         result = {"folder": str(target), "files": gguf.files}
         text = f"Copied {', '.join(gguf.files.values())} and {gguf.modelfile} to {target}."
     else:
-        from tasks.export.register import register
+        from flows.screen import show_progress
+        from tasks.export import register as registrar
 
-        done = register(manifest.recipe.export, gguf, manifest.recipe.name, store)
-        if not done.registered:
-            raise ExportError(
-                f"No Ollama answers at {done.url}. Start it (ollama serve), or set OLLAMA_HOST, then run this again. "
-                f"By hand: {done.note}"
-            )
-        result = done.model_dump()
+        config, name = manifest.recipe.export, manifest.recipe.name
+        pushed = registrar.name_to_push(config, gguf, name, arguments.push) if arguments.push else None
+        with show_progress():
+            done = registrar.register(config, gguf, manifest.merged, manifest.base, name, store)
+            if not done.registered:
+                raise ExportError(
+                    f"No Ollama answers at {done.url}. Start it (ollama serve), or set OLLAMA_HOST, then run this "
+                    f"again. By hand: {done.note}"
+                )
+            if manifest.report and manifest.report.verdict == "promote":
+                done = registrar.promote(config, done)
+            if pushed:
+                registrar.push(done, pushed)
+        result = {**done.model_dump(), "pushed": pushed}
         text = f"Registered {done.name} at {done.url}. Chat with it: ollama run {done.name}"
+        more = (done.alias and f"{done.alias} is now this version.", done.note, pushed and f"Pushed as {pushed}.")
+        text += "".join(f"\n{line}" for line in more if line)
     if arguments.json:
         _print_json(result)
     else:

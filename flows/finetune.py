@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from prefect import flow, runtime
+from prefect.transactions import transaction
 from pydantic import Field
 
 from flows.prepare_data import prepare_data, tokenise_data
@@ -41,6 +42,7 @@ from tasks.export.steps import (
     convert_base,
     convert_to_gguf,
     merge_adapter,
+    promote_in_ollama,
     prove_gguf,
     register_in_ollama,
     require_proven,
@@ -109,19 +111,24 @@ def finetune(
             run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
         else:
             manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
-            manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, merged, url))
+            manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, base, merged, url))
             manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
             require_proven(config.export, gguf, proof, url)
             if config.eval.on_gguf:
                 manifest.served = run.stage("served", lambda: check_served(config, base, gguf, url))
             if manifest.served and manifest.served.verdict == "reject":
                 run.skip("ollama", why=f"the served file is rejected: {manifest.served.reason}")
-            elif config.export.ollama:
-                manifest.ollama = run.stage("ollama", lambda: register_in_ollama(config.export, gguf, config.name, url))
-            else:
+            elif not config.export.ollama:
                 run.skip("ollama", why="export.ollama is false")
-        with run.timed("publish"):
-            manifest.card = publish_run(manifest, url)
+        with transaction():  # a model is in Ollama with its run's card, or not at all
+            if manifest.gguf and manifest.stages["ollama"].status == "pending":
+                manifest.ollama = run.stage(
+                    "ollama", lambda: register_in_ollama(config.export, base, merged, gguf, config.name, url)
+                )
+            with run.timed("publish"):
+                manifest.card = publish_run(manifest, url)
+            if manifest.ollama and verdict.verdict == "promote":  # last: nothing after it could fail
+                manifest.ollama = promote_in_ollama(config.export, manifest.ollama)
     return manifest
 
 
@@ -160,6 +167,11 @@ class Run:
             self.manifest.status = "failed"
             known = isinstance(error, ForgetlessError)
             self.manifest.error = str(error) if known else f"{type(error).__name__}: {error}"
+            if self.manifest.ollama and self.manifest.ollama.created:  # the transaction took it back
+                name, self.manifest.ollama = self.manifest.ollama.name, None
+                self.note(
+                    "ollama", f"taken back, as the run failed later; if `ollama list` still has it: ollama rm {name}"
+                )
             raise
         finally:
             self.manifest.finished = datetime.now(UTC)

@@ -181,7 +181,9 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
     if manifest.gguf:
         facts.append(("Chat", f"forgetless chat {manifest.run_id}"))
     if manifest.ollama and manifest.ollama.registered:
-        facts.append(("Ollama", f"ollama run {manifest.ollama.name}"))
+        also = f", now also {manifest.ollama.alias}" if manifest.ollama.alias else ""
+        facts.append(("Ollama", f"ollama run {manifest.ollama.name}{also}"))
+        facts += [("Note", manifest.ollama.note)] if manifest.ollama.note else []
     elif manifest.ollama:
         later = f"forgetless export {manifest.run_id} --to ollama"
         facts.append(("Ollama", f"no answer at {manifest.ollama.url}; later: {later}"))

@@ -22,3 +22,6 @@ STAGE_OPTIONS: dict[str, Any] = {
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": is_transient,
 }
+
+# A transaction is rolled back by a failed attempt alone, even by one that would be retried.
+ONCE_OPTIONS: dict[str, Any] = {**STAGE_OPTIONS, "retries": 0}

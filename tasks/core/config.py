@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.core.errors import ConfigError
+from tasks.core.ollama import name_problem, parameter_problems
 
 RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
 SUITES = RECIPES.with_name("suites")
@@ -408,12 +409,34 @@ class ExportConfig(Section):
     serve: Quantisation = Field("q8_0", description="The file that Ollama gets and chat uses.")
     ollama: bool = Field(True, description="Register in Ollama when it can be reached.")
     ollama_name: str | None = Field(None, description="Model name in Ollama; the recipe's name if not given.")
+    ollama_parameters: dict[str, Any] = Field(
+        {}, description="Ollama's own options of the model, such as temperature, num_ctx and stop."
+    )
+    ollama_alias: str | None = Field(
+        "promoted", description="Tag that names the last promoted version in Ollama; null: none is kept."
+    )
     system: str | None = Field(None, description="System prompt; the template's own default if not given.")
     prompt: str = Field("Hello! Who are you?", description="What the finished model is asked once, as a smoke test.")
     strength: float = Field(
         1.0, gt=0, le=2, description="Share of the adapter that is scored after training and shipped; retrains nothing."
     )
     step: int | None = Field(None, ge=1, description="Ship this snapshot (train.snapshots) in place of the end.")
+
+    @field_validator("ollama_name", "ollama_alias")
+    @classmethod
+    def _ollama_takes_the_name(cls, value: str | None, field: Any) -> str | None:
+        is_name = field.field_name == "ollama_name"
+        if value is not None and name_problem(f"{value}:v1" if is_name else f"model:{value}"):
+            what = "[namespace/]model" if is_name else "a tag other than cloud and local"
+            raise ValueError(f"expected {what}, of at most 80 ASCII letters, digits, '_', '-' and '.' each")
+        return value
+
+    @field_validator("ollama_parameters")
+    @classmethod
+    def _ollama_knows_the_parameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if problems := parameter_problems(value):
+            raise ValueError("it would fail in Ollama: " + " ".join(problems).removesuffix("."))
+        return value
 
     @model_validator(mode="after")
     def _registered_file_exists(self) -> "ExportConfig":

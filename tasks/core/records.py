@@ -387,10 +387,23 @@ class ProofRef(ArtifactRecord):
 
 
 class OllamaRef(Record):
+    """A version of the model in Ollama, where `registered`. `url` holds no password."""
+
     name: str
     url: str
     registered: bool
+    created: bool = False
+    """By this run: the name was free."""
     digest: str | None = None
+    alias: str | None = None
+    """Name that was moved to this version, as its run was promoted."""
+    template: str | None = None
+    """Go template that was given, where Ollama renders other prompts without it."""
+    compared: list[str] = []
+    """Conversations whose prompt was, byte for byte, the one that the tokenizer renders."""
     sample: str | None = None
+    same_start: int | None = None
+    """Characters at the start of `sample` that are those of the greedy answer of `same_as`."""
+    same_as: Literal["Hugging Face", "llama.cpp"] | None = None
     note: str = ""
-    """Where it was not registered: why, and the command that does it later."""
+    """Where it was not registered: why, and the command that does it later. Else what could not be shown."""

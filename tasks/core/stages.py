@@ -175,9 +175,12 @@ def merged_stage(base: BaseRef, adapter: AdapterRef) -> Stage:
 
 
 def proof_stage(gguf: GgufRef, merged: ModelRef, tokens: TokensRef) -> Stage:
-    return Stage("proof", 1, [gguf.artifact.content, merged.artifact.content, tokens.digest], {})
+    section = {"sha256": {name: gguf.sha256[name] for name in gguf.files}}
+    return Stage("proof", 1, [merged.artifact.content, tokens.digest], section)
 
 
-def gguf_stage(config: ExportConfig, merged: ModelRef) -> Stage:
-    section = config.model_dump(mode="json", include={"quantisations", "serve", "system", "prompt"})
-    return Stage("gguf", 1, [merged.artifact.content], section)
+def gguf_stage(config: ExportConfig, base: BaseRef, merged: ModelRef) -> Stage:
+    """The Modelfile beside the files names the base's licence and Ollama's parameters."""
+    included = {"quantisations", "serve", "system", "prompt", "ollama_parameters"}
+    section = {**config.model_dump(mode="json", include=included), "license": base.license}
+    return Stage("gguf", 2, [merged.artifact.content], section)

@@ -1,24 +1,24 @@
 """Registration of a GGUF file as a model in a running Ollama, over HTTP, and the Modelfile that does it by hand.
 
-Deliberately not here: conversion and quantisation (Ollama gets a finished GGUF), starting or installing Ollama, and the
-check that its rendered prompt equals the tokenizer's. What an Ollama answers was recorded from 0.32.15; numbers such as
-(040) in comments name the recorded exchange.
+Deliberately not here: conversion and quantisation (Ollama gets a finished GGUF), and starting or installing Ollama.
+What an Ollama answers was recorded from 0.32.15, all but a push; numbers such as (040) in comments name the recorded
+exchange.
 """
 
-import difflib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 import httpx
 
 from tasks.core.digest import canonical_json, sha256
 from tasks.core.errors import ExportError, describe_os_error
+from tasks.core.ollama import name_problem, parameter_problems
+from tasks.export.prompts import PromptCase
 
 # Kept wide on purpose: a str is one stop sequence, an int is a fine value for a number.
 ParameterValue = float | int | str | list[str]
@@ -35,38 +35,11 @@ UPLOAD_SECONDS = 300.0
 CREATE_SECONDS = 1800.0
 GENERATE_SECONDS = 600.0
 
-# Ollama's own options and their types. The server checks neither: a wrong type is stored, and then every request to the
-# model fails with HTTP 500 (067, 159).
-PARAMETERS: dict[str, type] = {
-    "draft_num_predict": int,
-    "frequency_penalty": float,
-    "main_gpu": int,
-    "min_p": float,
-    "num_batch": int,
-    "num_ctx": int,
-    "num_gpu": int,
-    "num_keep": int,
-    "num_predict": int,
-    "num_thread": int,
-    "presence_penalty": float,
-    "repeat_last_n": int,
-    "repeat_penalty": float,
-    "seed": int,
-    "stop": list,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "typical_p": float,
-    "use_mmap": bool,
-}
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", list: "a text or a list of texts"}
-
-_HOST = r"\w[\w.:-]{0,349}"
-_NAMESPACE = r"\w[\w-]{0,79}"
-_PART = r"\w[\w.-]{0,79}"
-_NAME = re.compile(rf"(?:(?:{_HOST}/)?{_NAMESPACE}/)?{_PART}(?::(?P<tag>{_PART}))?", re.ASCII)
+# Ollama penalises repeats unless told otherwise, which greedy decoding elsewhere does not.
+GREEDY = {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 _AGAIN = "then run `forgetless export RUN --to ollama` again."
+_RERUN = "then run the recipe again: what finished is reused."
 _NEXT_STEPS = (
     (
         "no space left on device",
@@ -83,11 +56,17 @@ _NEXT_STEPS = (
         "Ollama no longer has the uploaded file: run `forgetless export RUN --to ollama` again to upload it anew.",
     ),
     ("template error", f"A template must be a Go template, not Jinja: mend it or leave it out, {_AGAIN}"),
-    ("invalid model name", f"Set export.ollama_name to [namespace/]model[:tag], {_AGAIN}"),
-    ("must be of type", f"Mend the parameter's type, {_AGAIN}"),
+    ("invalid model name", f"Set export.ollama_name to [namespace/]model, {_RERUN}"),
+    ("must be of type", f"Mend the parameter's type in export.ollama_parameters, {_RERUN}"),
     (
         "process has terminated",
-        f"This Ollama cannot run the file: update Ollama or set export.serve to another quantisation, {_AGAIN}",
+        f"This Ollama cannot run the file: update Ollama or set export.serve to another quantisation, {_RERUN}",
+    ),
+    (
+        "authorized",
+        "Sign in where Ollama runs (`ollama signin`), or add its public key (id_ed25519.pub in ~/.ollama, or in "
+        "/usr/share/ollama/.ollama where it is a service) at ollama.com/settings/keys, and push to a namespace of your "
+        "own, then run `forgetless export RUN --to ollama --push NAMESPACE` again.",
     ),
 )
 _DEFAULT_STEP = f"Look into Ollama's log (`journalctl -u ollama`, or where `ollama serve` runs), {_AGAIN}"
@@ -105,7 +84,9 @@ class Generation:
 class Registered:
     """A model that Ollama has under `name`. `digest`: its manifest's sha256 (64 hex digits), as `ollama list` shows it.
     `reused`: the name already held exactly this, and was left alone. `replaced`: the digest of the other model that had
-    the name before. `generation`: what it answered in the check; None where nothing was created."""
+    the name before. `generation`: what it answered in the check; None where nothing was created. `template`: the one of
+    `templates` that was needed. `compared`: names of the cases whose prompt was as expected; None where this Ollama
+    does not show its prompts. `left`: a sentence on a copy of ours that could not be deleted."""
 
     name: str
     digest: str
@@ -113,6 +94,9 @@ class Registered:
     version: str
     replaced: str | None = None
     generation: Generation | None = None
+    template: str | None = None
+    compared: tuple[str, ...] | None = ()
+    left: str = ""
 
 
 def write_modelfile(
@@ -172,55 +156,16 @@ def _quotable(text: str, what: str, newlines: bool = True) -> str:
 
 def check_name(name: str) -> None:
     """Raise ExportError unless Ollama takes `name` for a model: [[host/]namespace/]model[:tag] (050)."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ExportError(
-            f"Ollama refuses the model name {name!r}: expected [namespace/]model[:tag], each part at most 80 ASCII "
-            "letters, digits, '_', '-' and '.' (no '.' in the namespace) and not starting with '-' or '.'. "
-            "Set export.ollama_name."
-        )
-    tag = (match["tag"] or "").lower()
-    if tag in ("cloud", "local") or tag.endswith("-cloud"):
-        # Newer versions cut these off when a model is used: x:cloud is asked for at ollama.com, x:local is x:latest.
-        raise ExportError(
-            f"The model name {name!r} cannot be used: Ollama keeps the tags cloud, local and those ending in -cloud "
-            "for itself. Set export.ollama_name to a name with another tag."
-        )
+    if problem := name_problem(name):
+        raise ExportError(f"{problem} Set export.ollama_name.")
 
 
-def check_parameters(parameters: Mapping[str, ParameterValue]) -> dict[str, bool | float | int | list[str]]:
+def check_parameters(parameters: Mapping[str, ParameterValue]) -> dict[str, ParameterValue]:
     """Return `parameters` as Ollama wants them (one stop text becomes a list of one). Raises ExportError with every
-    unknown name, with the nearest known ones, and every value of the wrong type."""
-    problems = []
-    checked: dict[str, bool | float | int | list[str]] = {}
-    for name, value in parameters.items():
-        kind = PARAMETERS.get(name)
-        if kind is None:
-            near = difflib.get_close_matches(name, PARAMETERS, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(PARAMETERS)}."
-            problems.append(f"Ollama has no parameter {name!r}; {hint}")
-        elif kind is list and isinstance(value, str | list):
-            texts = [value] if isinstance(value, str) else value
-            if texts and all(isinstance(text, str) and text for text in texts):
-                checked[name] = texts
-            else:
-                problems.append(f"Ollama's parameter {name!r} must be texts that are not empty; found {value!r}.")
-        elif _is_number(value, kind):
-            checked[name] = value
-        else:
-            problems.append(f"Ollama's parameter {name!r} must be {_EXPECTED[kind]}; found {value!r}.")
-    if problems:
+    unknown name and every value of the wrong type (067, 159)."""
+    if problems := parameter_problems(parameters):
         raise ExportError("\n".join(problems))
-    return checked
-
-
-def _is_number(value: ParameterValue, kind: type) -> TypeGuard[bool | float | int]:
-    """Return whether `value` is of `kind` (int, float or bool). Python counts a bool as an int, Ollama does not."""
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, int) and kind is int
+    return {name: [value] if name == "stop" and isinstance(value, str) else value for name, value in parameters.items()}
 
 
 def is_reachable(base_url: str, timeout_seconds: float = 2.0) -> str | None:
@@ -246,12 +191,14 @@ def register_model(
     *,
     system: str | None,
     parameters: Mapping[str, ParameterValue],
-    template: str | None = None,
+    templates: Sequence[str | None] = (None,),
     license_text: str | None = None,
+    cases: Sequence[PromptCase] = (),
     progress: Callable[[int, int], None] | None = None,
     known_digest: str | None = None,
     prompt: str = "Hello! Who are you?",
     max_tokens: int = 32,
+    must_stop: bool = False,
 ) -> Registered:
     """Return the model `name` of the Ollama at `base_url`, made from `gguf` and the given settings.
 
@@ -262,12 +209,14 @@ def register_model(
     upgraded Ollama may digest the same input differently; that costs one more registration and is right again.
 
     The file is uploaded only if Ollama has no blob of that sha256; `progress` gets (bytes sent, bytes in all). The
-    model is created under a name of our own, must answer `prompt` there, and only then is copied to `name`: a model
-    the name had before stays as it is until then, and has a second name until the copy stands. Whatever fails, our
-    own names are deleted. They depend on the input alone: the next run takes over what a killed one left.
+    model is created under a name of our own, and only if it is sound there is it copied to `name`: a model the name had
+    before stays as it is until then, and has a second name until the copy stands. Whatever fails, our own names are
+    deleted. They depend on the input alone: the next run takes over what a killed one left.
 
-    `parameters` replace, name by name, those that Ollama takes with the GGUF's template; `template` is a Go template,
-    which Ollama ignores where the GGUF's own supports tools (087). Raises ExportError.
+    It is sound where the prompt of each of `cases` is as expected and it answers `prompt`; with `must_stop`, in fewer
+    than `max_tokens` tokens. `templates` are tried in turn until the prompts are as expected: a Go template, which
+    Ollama ignores where the GGUF's own supports tools (087), or None for what it makes of the GGUF's. `parameters`
+    replace, name by name, those that Ollama takes with the GGUF's template. Raises ExportError.
     """
     check_name(name)
     options = check_parameters(parameters)
@@ -279,11 +228,10 @@ def register_model(
     content = {
         "files": {"model.gguf": f"sha256:{gguf_sha256}"},
         **({"system": system} if system else {}),
-        **({"template": template} if template else {}),
         **({"license": license_text} if license_text else {}),
         **({"parameters": options} if options else {}),
     }
-    own = f"forgetless-{sha256(canonical_json([_full_name(name), content]))[:16]}"
+    own = f"forgetless-{sha256(canonical_json([_full_name(name), content, list(templates)]))[:16]}"
     trial, previous = f"{own}:trial", f"{own}:previous"
     with _connect(base_url) as client:
         version = _read_version(client)
@@ -291,10 +239,13 @@ def register_model(
         present = _read_digests(client).get(_full_name(name))
         if present is not None and present == known_digest:
             return Registered(name, present, reused=True, version=version)
-        _upload_blob(client, gguf, gguf_sha256, progress)
+        uploaded = _upload_blob(client, gguf, gguf_sha256, progress)
         try:
-            _create_model(client, trial, content, f"create {name!r} from {gguf.name}")
-            generation = _generate(client, trial, f"get an answer from the new {name!r}", prompt, max_tokens)
+            making = f"create {name!r} from {gguf.name}"
+            template, compared = _create_faithful(client, trial, making, content, templates, cases)
+            generation = _try_answer(
+                client, trial, f"get an answer from the new {name!r}", prompt, max_tokens, must_stop
+            )
             digest = _read_digests(client).get(_full_name(trial))
             if digest is None:
                 raise ExportError(f"Ollama at {_where(client)} created {name!r} but does not list it. {_DEFAULT_STEP}")
@@ -312,12 +263,67 @@ def register_model(
                 kept = ""
             else:
                 kept = f" The model that had the name {name!r} before (digest {present[:12]}) is unchanged."
+            if uploaded:  # a client cannot delete a blob (140)
+                kept += " The uploaded file stays with Ollama until it is restarted: a next try need not send it again."
             raise ExportError(f"{error}{kept}{left}") from error
-        _delete(client, trial)
+        left = _try_delete(client, trial)
         if present is not None:
-            _delete(client, previous)  # the copy made just now, or by a run that was killed
+            left += _try_delete(client, previous)  # the copy made just now, or by a run that was killed
     replaced = present if present != digest else None
-    return Registered(name, digest, present == digest, version, replaced, generation)
+    return Registered(name, digest, present == digest, version, replaced, generation, template, compared, left.strip())
+
+
+def shown_url(base_url: str) -> str:
+    """Return the address for a message or a record, without a password it may hold."""
+    url = httpx.URL(base_url)
+    return f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
+
+
+def move_alias(base_url: str, name: str, alias: str) -> str:
+    """Let `alias` name the model that `name` names; nothing is done where it does. Return nothing, or a sentence on a
+    copy of ours that could not be deleted. Raises ExportError; `alias` then names what it did before."""
+    check_name(alias)
+    with _connect(base_url) as client:
+        digests = _read_digests(client)
+        wanted, present = (digests.get(_full_name(n)) for n in (name, alias))
+        if wanted is not None and wanted == present:
+            return ""
+        previous = f"forgetless-{sha256(_full_name(alias).encode())[:16]}:previous" if present else None
+        try:
+            _put_in_place(client, name, alias, previous)
+        except _NotRestoredError:
+            raise
+        except BaseException as error:
+            left = _try_delete(client, previous) if previous else ""
+            if not isinstance(error, ExportError):
+                raise
+            kept = f" {alias!r} names the same model as before." if present else ""
+            raise ExportError(f"{error}{kept}{left}") from error
+        return _try_delete(client, previous).strip() if previous else ""
+
+
+def push_model(base_url: str, name: str, remote: str, progress: Callable[[int, int], None] | None = None) -> None:
+    """Push model `name` to a registry (ollama.com, where the name says no other) as `remote`, namespace/model:tag, a
+    name that it has here too afterwards. `progress` gets (bytes sent, bytes in all) of the layer at work. Written from
+    Ollama's API documentation: no recording has a push. Raises ExportError."""
+    check_name(remote)
+    with _connect(base_url) as client:
+        is_new = _full_name(remote) not in _read_digests(client)
+        if _full_name(remote) != _full_name(name):
+            _copy(client, name, remote)
+
+        def follow(line: dict[str, Any]) -> None:
+            if progress and isinstance(line.get("total"), int):
+                progress(line.get("completed") or 0, line["total"])
+
+        try:
+            request = {"model": remote, "stream": True}
+            _stream(client, "/api/push", request, f"push {remote!r}", UPLOAD_SECONDS, follow)
+        except BaseException as error:
+            left = _try_delete(client, remote) if is_new else ""
+            if not isinstance(error, ExportError):
+                raise
+            raise ExportError(f"{error}{left}") from error
 
 
 def generate_once(base_url: str, name: str, prompt: str, max_tokens: int = 32) -> Generation:
@@ -365,12 +371,12 @@ def _put_in_place(client: httpx.Client, trial: str, name: str, previous: str | N
 
 def _upload_blob(
     client: httpx.Client, gguf: Path, gguf_sha256: str, progress: Callable[[int, int], None] | None
-) -> None:
-    """Upload `gguf` in pieces unless Ollama has its bytes. Half an upload cannot be gone on with, only a whole one
-    skipped."""
+) -> bool:
+    """Upload `gguf` in pieces unless Ollama has its bytes; return whether that was needed. Half an upload cannot be
+    gone on with, only a whole one skipped."""
     path = f"/api/blobs/sha256:{gguf_sha256}"
     if _call(client, "HEAD", path, f"say whether it has {gguf.name}", accept=(200, 404)).status_code == 200:
-        return
+        return False
     doing = f"store the upload of {gguf}"
     try:
         size_bytes = gguf.stat().st_size
@@ -379,6 +385,7 @@ def _upload_blob(
         content = _read_pieces(gguf, size_bytes, progress)
         # 200: somebody else uploaded it since we asked (021)
         _call(client, "POST", path, doing, UPLOAD_SECONDS, (200, 201), content=content, headers=headers)
+        return True
     except OSError as error:
         raise ExportError(describe_os_error(error, f"read {gguf} to upload it to {_where(client)}")) from error
 
@@ -397,12 +404,99 @@ def _read_pieces(gguf: Path, size_bytes: int, progress: Callable[[int, int], Non
         )
 
 
+def _create_faithful(
+    client: httpx.Client,
+    model: str,
+    doing: str,
+    content: dict[str, Any],
+    templates: Sequence[str | None],
+    cases: Sequence[PromptCase],
+) -> tuple[str | None, tuple[str, ...] | None]:
+    """Create `model` with the first of `templates` whose prompts are as expected; return that template and the names of
+    the cases that were compared, None where this Ollama does not show its prompts."""
+    different = ""
+    for template in templates:
+        _create_model(client, model, {**content, **({"template": template} if template else {})}, doing)
+        for case in cases:
+            found = _render(client, model, "show the prompts of the new model", case.messages)
+            if found is None:
+                return template, None
+            if found not in case.prompts:
+                different = _describe_difference(case, found)
+                break
+        else:
+            return template, tuple(case.name for case in cases)
+    raise ExportError(
+        f"Ollama at {_where(client)} would send the model another prompt than it was trained with: {different}. "
+        "Update Ollama, start it without OLLAMA_GO_TEMPLATE, or serve the GGUF with llama.cpp's llama-server, which "
+        f"uses the template in the file; {_AGAIN}"
+    )
+
+
+def _render(client: httpx.Client, model: str, doing: str, messages: list[dict[str, str]]) -> str | None:
+    """Return the text that the model would get for a conversation; None from an Ollama that answers it instead."""
+    request = {
+        "model": model,
+        "messages": messages,
+        "stream": False,
+        "_debug_render_only": True,
+        "options": {"num_predict": 1},
+    }
+    answer = _call_json(client, "POST", "/api/chat", doing, GENERATE_SECONDS, json=request)
+    shown = answer.get("_debug_info")
+    if isinstance(shown, dict) and isinstance(shown.get("rendered_template"), str):
+        return str(shown["rendered_template"])
+    if answer.get("done") is not True:
+        _fail(client, doing, f"expected a rendered template, found {json.dumps(answer)[:200]}")
+    return None
+
+
+def _describe_difference(case: PromptCase, found: str) -> str:
+    """Return what was expected and what was found around the first character that differs."""
+    at, expected = max((common_start(p, found), p) for p in case.prompts)
+
+    def around(text: str) -> str:
+        start, end = max(0, at - 30), at + 60
+        return f"{'…' if start else ''}{text[start:end]}{'…' if len(text) > end else ''}"
+
+    return f"for {case.name} expected {around(expected)!r}, found {around(found)!r}"
+
+
+def common_start(first: str, second: str) -> int:
+    """Return how many characters two texts share at their start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _try_answer(
+    client: httpx.Client, model: str, doing: str, prompt: str, max_tokens: int, must_stop: bool
+) -> Generation:
+    generation = _generate(client, model, doing, prompt, max_tokens)
+    if not generation.text.strip():
+        _fail(client, doing, f"it answered nothing to {prompt!r}, where llama.cpp gives an answer with the same file")
+    if must_stop and not generation.stopped:
+        what = f"its answer to {prompt!r} had no end within {max_tokens} tokens"
+        reason = f"{what}, where llama.cpp ends it with the same file"
+        _fail(client, doing, reason, f"Set export.ollama_parameters.stop to the model's end of turn, {_RERUN}")
+    return generation
+
+
 def _create_model(client: httpx.Client, name: str, content: dict[str, Any], doing: str) -> None:
-    """Create `name`. A stream that failed is an HTTP 200 too (040, 044, 048, 065): only the last line tells."""
+    _stream(client, "/api/create", {"model": name, "stream": True, **content}, doing, CREATE_SECONDS)
+
+
+def _stream(
+    client: httpx.Client,
+    path: str,
+    request: dict[str, Any],
+    doing: str,
+    seconds: float,
+    follow: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """POST `request` and read lines until one says success; an error is in a line too, after HTTP 200 (040)."""
     last: Any = None
-    timeout = httpx.Timeout(CREATE_SECONDS, connect=CONNECT_SECONDS)
-    request = {"model": name, "stream": True, **content}
-    with _explained(client, doing), client.stream("POST", "/api/create", json=request, timeout=timeout) as response:
+    timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+    with _explained(client, doing), client.stream("POST", path, json=request, timeout=timeout) as response:
         if response.status_code != 200:
             response.read()
             _refuse(client, doing, response)
@@ -412,6 +506,8 @@ def _create_model(client: httpx.Client, name: str, content: dict[str, Any], doin
             last = _parse_json(line)
             if isinstance(last, dict) and "error" in last:
                 _fail(client, doing, str(last["error"]))
+            if isinstance(last, dict) and follow:
+                follow(last)
     if last != {"status": "success"}:
         _fail(client, doing, f"its answer ended without success, after {json.dumps(last)}")
 
@@ -421,13 +517,14 @@ def _generate(client: httpx.Client, name: str, doing: str, prompt: str, max_toke
         "model": name,
         "messages": [{"role": "user", "content": prompt}],
         "stream": False,
-        "options": {"temperature": 0, "seed": 0, "num_predict": max_tokens},
+        "options": {**GREEDY, "num_predict": max_tokens},
     }
     answer = _call_json(client, "POST", "/api/chat", doing, GENERATE_SECONDS, json=request)
     message = answer.get("message")
     if answer.get("done") is not True or not isinstance(message, dict):
         _fail(client, doing, f"expected one finished message, found {json.dumps(answer)[:200]}")
-    return Generation(text=str(message.get("content", "")), stopped=answer.get("done_reason") == "stop")
+    text = str(message.get("content") or message.get("thinking") or "")
+    return Generation(text=text, stopped=answer.get("done_reason") == "stop")
 
 
 def _copy(client: httpx.Client, source: str, destination: str) -> None:
@@ -500,9 +597,7 @@ def _connect(base_url: str, timeout_seconds: float | None = None) -> httpx.Clien
 
 
 def _where(client: httpx.Client) -> str:
-    """Return the address for a message, without a password it may hold."""
-    url = client.base_url
-    return f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
+    return shown_url(str(client.base_url))
 
 
 def _call(

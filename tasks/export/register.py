@@ -3,39 +3,131 @@
 import json
 
 from tasks.core.config import ExportConfig
-from tasks.core.digest import canonical_json
+from tasks.core.digest import canonical_json, sha256
+from tasks.core.errors import ConfigError
+from tasks.core.ollama import name_problem
 from tasks.core.progress import report_progress
-from tasks.core.records import GgufRef, OllamaRef
+from tasks.core.records import BaseRef, GgufRef, ModelRef, OllamaRef
 from tasks.core.settings import read_settings
 from tasks.core.store import Store
-from tasks.export.ollama import check_name, is_reachable, register_model
+from tasks.export.ollama import (
+    check_name,
+    common_start,
+    delete_model,
+    is_reachable,
+    move_alias,
+    push_model,
+    register_model,
+    shown_url,
+)
+from tasks.export.prompts import go_templates, prompt_cases
+from tasks.models.tokenizer import load_tokenizer
+
+SMOKE_TOKENS = 48  # as many as llama.cpp may answer with
+ENOUGH_TOKENS = 192  # for an answer that llama.cpp ended within those, in other words
 
 
-def register(export: ExportConfig, gguf: GgufRef, recipe_name: str, store: Store) -> OllamaRef:
-    """Return the model's name in Ollama after one generation there; or, where no Ollama answers, the command that
-    registers it by hand. Raises ExportError where Ollama answers and refuses."""
-    sha256 = gguf.sha256[export.serve]
-    name = f"{export.ollama_name or recipe_name}:{sha256[:8]}"
+def register(
+    export: ExportConfig,
+    gguf: GgufRef,
+    merged: ModelRef,
+    base: BaseRef,
+    recipe_name: str,
+    store: Store,
+    expected: str | None = None,
+) -> OllamaRef:
+    """Return the model's name in Ollama after its prompts were compared with the tokenizer's and it answered; or, where
+    no Ollama answers, the command that registers it by hand. `expected` is Hugging Face's greedy answer to gguf.prompt,
+    where it is known. Raises ExportError where Ollama answers and refuses, ModelError for an odd template."""
+    file_sha256 = gguf.sha256[export.serve]
+    name = f"{export.ollama_name or recipe_name}:{file_sha256[:8]}"
     check_name(name)
     url = read_settings().ollama_url
     folder = store.local_folder(gguf.artifact)
     if is_reachable(url) is None:
         note = f"cd {folder} && ollama create {name} -f {gguf.modelfile}"
-        return OllamaRef(name=name, url=url, registered=False, note=note)
+        return OllamaRef(name=name, url=shown_url(url), registered=False, note=note)
+    tokenizer = load_tokenizer(store.local_folder(merged.artifact), "auto")
+    templates = go_templates(tokenizer, gguf.system)
+    options = export.ollama_parameters
+    inputs = sha256(canonical_json([file_sha256, gguf.system, options, base.license, templates]))
     # The digest that Ollama gave at the last registration tells whether it still holds the same model.
     memory = f"registry/ollama/{name.replace('/', '--').replace(':', '--')}.json"
     known = json.loads(store.read_bytes(memory) or b"{}")
+    entry = known.get(shown_url(url))
+    last = OllamaRef(**entry["record"]) if isinstance(entry, dict) and entry["inputs"] == inputs else None
     done = register_model(
         url,
         name,
         folder / gguf.files[export.serve],
-        sha256,
+        file_sha256,
         system=gguf.system,
-        parameters={},
-        known_digest=known.get(url),
+        parameters=options,
+        templates=templates,
+        license_text=base.license,
+        cases=prompt_cases(tokenizer, gguf.system),
+        known_digest=last.digest if last else None,
         progress=lambda sent, total: report_progress("ollama", sent, total, "uploading"),
         prompt=gguf.prompt,
+        max_tokens=ENOUGH_TOKENS if gguf.stopped else SMOKE_TOKENS,
+        must_stop=gguf.stopped,
     )
-    store.write_bytes(memory, canonical_json({**known, url: done.digest}))
-    sample = done.generation.text if done.generation else None
-    return OllamaRef(name=name, url=url, registered=True, digest=done.digest, sample=sample)
+    if done.generation is None:  # nothing was done, as Ollama still has what `last` says
+        assert last is not None
+        return last.model_copy(update={"created": False, "alias": None})
+    answer = done.generation.text.strip()
+    unseen = "" if done.compared else f"Its prompts were not compared: Ollama {done.version} does not show them."
+    ref = OllamaRef(
+        name=name,
+        url=shown_url(url),
+        registered=True,
+        created=not done.reused and done.replaced is None,
+        digest=done.digest,
+        template=done.template,
+        compared=list(done.compared or ()),
+        sample=answer,
+        same_start=common_start(answer, (expected or gguf.sample).strip()),
+        same_as="Hugging Face" if expected else "llama.cpp",
+        note=f"{unseen} {done.left}".strip(),
+    )
+    try:
+        record = {"inputs": inputs, "record": ref.model_dump(mode="json")}
+        store.write_bytes(memory, canonical_json({**known, ref.url: record}))
+    except BaseException:
+        take_back(ref)
+        raise
+    return ref
+
+
+def take_back(ref: OllamaRef) -> None:
+    """Delete the model where this run created it, and nothing else. Raises ExportError."""
+    if ref.created:
+        delete_model(read_settings().ollama_url, ref.name)
+
+
+def promote(export: ExportConfig, ref: OllamaRef) -> OllamaRef:
+    """Return the record of a promoted run's model, to which the alias was moved. Raises ExportError; the alias then
+    names what it did before."""
+    if not ref.registered or export.ollama_alias is None:
+        return ref
+    head, _, _ = ref.name.rpartition(":")
+    alias = f"{head}:{export.ollama_alias}"
+    left = move_alias(read_settings().ollama_url, ref.name, alias)
+    return ref.model_copy(update={"alias": alias, "note": f"{ref.note} {left}".strip()})
+
+
+def name_to_push(export: ExportConfig, gguf: GgufRef, recipe_name: str, target: str) -> str:
+    """Return the name that `target` (NAMESPACE or NAMESPACE/NAME, with a tag or without) means. Raises ConfigError."""
+    model = (export.ollama_name or recipe_name).rpartition("/")[2]
+    name = target if "/" in target else f"{target}/{model}"
+    if ":" not in name.rpartition("/")[2]:
+        name += f":{gguf.sha256[export.serve][:8]}"
+    if problem := name_problem(name):
+        raise ConfigError(f"--push {target}: {problem} Expected NAMESPACE or NAMESPACE/NAME.")
+    return name
+
+
+def push(ref: OllamaRef, name: str) -> None:
+    """Push a registered model as `name`. Raises ExportError."""
+    url = read_settings().ollama_url
+    push_model(url, ref.name, name, lambda sent, total: report_progress("ollama", sent, total, "pushing"))

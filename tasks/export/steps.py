@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.transactions import Transaction, get_transaction
 
 from tasks.core.config import ExportConfig, ModelConfig
 from tasks.core.digest import canonical_json, file_sha256
@@ -26,7 +27,7 @@ from tasks.core.records import (
 from tasks.core.settings import read_settings
 from tasks.core.stages import base_file_stage, gguf_stage, merge_choice_stage, merged_stage, precision, proof_stage
 from tasks.core.store import open_store, stored
-from tasks.policy import STAGE_OPTIONS
+from tasks.policy import ONCE_OPTIONS, STAGE_OPTIONS
 
 MODELFILE = "Modelfile"
 
@@ -94,7 +95,7 @@ def merge_adapter(model: ModelConfig, base: BaseRef, adapter: AdapterRef, store_
 
 
 @task(name="convert-to-gguf", **STAGE_OPTIONS)
-def convert_to_gguf(export: ExportConfig, merged: ModelRef, store_url: str) -> GgufRef:
+def convert_to_gguf(export: ExportConfig, base: BaseRef, merged: ModelRef, store_url: str) -> GgufRef:
     """Return the GGUF files, quantised, with a Modelfile and one answer of the file that will be registered."""
     store = open_store(read_settings(store_url))
 
@@ -102,11 +103,13 @@ def convert_to_gguf(export: ExportConfig, merged: ModelRef, store_url: str) -> G
         from tasks.export.gguf import convert_to_gguf as convert
         from tasks.export.gguf import generate_sample, quantise_gguf
         from tasks.export.ollama import write_modelfile
+        from tasks.export.prompts import go_templates
         from tasks.models.template import default_system
         from tasks.models.tokenizer import load_tokenizer
 
         source = store.local_folder(merged.artifact)
-        system = export.system or default_system(load_tokenizer(source, "auto"))
+        tokenizer = load_tokenizer(source, "auto")
+        system = export.system or default_system(tokenizer)
         files = {quantisation: f"model-{quantisation}.gguf" for quantisation in export.quantisations}
         f16 = folder / files.get("f16", "model-f16.gguf")
         report_progress("gguf", 0, len(files), "converting to F16")
@@ -118,7 +121,14 @@ def convert_to_gguf(export: ExportConfig, merged: ModelRef, store_url: str) -> G
         if "f16" not in files:
             f16.unlink()
         registered = folder / files[export.serve]
-        (folder / MODELFILE).write_text(write_modelfile(registered.name, system=system, parameters={}), "utf-8")
+        modelfile = write_modelfile(
+            registered.name,
+            system=system,
+            parameters=export.ollama_parameters,
+            template=go_templates(tokenizer, system)[-1],
+            license_text=base.license,
+        )
+        (folder / MODELFILE).write_text(modelfile, "utf-8")
         sample = generate_sample(registered, export.prompt, system)
         if not sample.text:
             raise ExportError(
@@ -136,7 +146,7 @@ def convert_to_gguf(export: ExportConfig, merged: ModelRef, store_url: str) -> G
             "stopped": sample.stopped,
         }
 
-    return stored(store, gguf_stage(export, merged), GgufRef, make)
+    return stored(store, gguf_stage(export, base, merged), GgufRef, make)
 
 
 @task(name="prove-gguf", **STAGE_OPTIONS)
@@ -207,9 +217,33 @@ def convert_base(model: ModelConfig, base: BaseRef, store_url: str) -> FileRef:
     return stored(store, base_file_stage(base), FileRef, make)
 
 
-@task(name="register-in-ollama", **STAGE_OPTIONS)
-def register_in_ollama(export: ExportConfig, gguf: GgufRef, name: str, store_url: str) -> OllamaRef:
-    """Return the model's name in Ollama, or how to register it by hand where no Ollama answers."""
+@task(name="register-in-ollama", **ONCE_OPTIONS)
+def register_in_ollama(
+    export: ExportConfig, base: BaseRef, merged: ModelRef, gguf: GgufRef, name: str, store_url: str
+) -> OllamaRef:
+    """Return the model's name in Ollama, or how to register it by hand where no Ollama answers. In a transaction that
+    fails later, a model that it created is deleted again."""
     from tasks.export.register import register
 
-    return register(export, gguf, name, open_store(read_settings(store_url)))
+    ref = register(export, gguf, merged, base, name, open_store(read_settings(store_url)))
+    if transaction := get_transaction():
+        transaction.set("registered", ref)
+    return ref
+
+
+@register_in_ollama.on_rollback
+def take_back_registration(transaction: Transaction) -> None:
+    from tasks.export.register import take_back
+
+    try:
+        take_back(transaction.get("registered"))
+    except ExportError as error:  # what failed before it is what the user must hear of
+        transaction.logger.error(str(error))
+
+
+@task(name="promote-in-ollama", **ONCE_OPTIONS)
+def promote_in_ollama(export: ExportConfig, registered: OllamaRef) -> OllamaRef:
+    """Return the registered model's record, now also under the alias of the promoted version."""
+    from tasks.export.register import promote
+
+    return promote(export, registered)

@@ -54,8 +54,7 @@ def apply_named_template(tokenizer: Any, name: str, base: str) -> None:
     """Give `tokenizer` the named template, or check that it has its own where `name` is auto. Raises ModelError."""
     if name != "auto":
         template = NAMED_TEMPLATES[name]
-        adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-        if adds_bos and "bos_token" not in template:  # a server adds it too, so it must be there in training
+        if adds_bos(tokenizer) and "bos_token" not in template:  # a server adds it too, so it must be there in training
             template = "{{ bos_token }}" + template
         tokenizer.chat_template = template
     elif not tokenizer.chat_template:
@@ -63,6 +62,11 @@ def apply_named_template(tokenizer: Any, name: str, base: str) -> None:
             f"The base model {base} ships no chat template. Name one with model.template "
             f"(--set model.template=...): {', '.join(NAMED_TEMPLATES)}."
         )
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer begins every text with its BOS by itself, as a server does then."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def render(tokenizer: Any, messages: list[Message], answer_next: bool = False) -> str:

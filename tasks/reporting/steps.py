@@ -12,11 +12,11 @@ from tasks.core.records import ArtifactRecord, ArtifactRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import Stage
 from tasks.core.store import open_store, stored
-from tasks.policy import STAGE_OPTIONS
+from tasks.policy import ONCE_OPTIONS
 from tasks.reporting.cards import delta_cells, write_card
 
 
-@task(name="publish-run", **STAGE_OPTIONS)
+@task(name="publish-run", **ONCE_OPTIONS)
 def publish_run(manifest: RunManifest, store_url: str) -> ArtifactRef:
     """Return the run's card in the store, and show it, its deltas and its artifacts in the Prefect UI."""
     text = write_card(manifest)

@@ -85,6 +85,15 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         (MINIMAL + MIXED_UNITS, "gains in % and in points, which cannot be added: give those measured unlike"),
         (MINIMAL.replace("data: {sources: rows.jsonl}", ""), "data: required, but missing."),
         (MINIMAL + "export: {serve: q6_k}", "serve: q6_k is not among quantisations"),
+        (
+            MINIMAL + "export: {ollama_parameters: {temprature: 1, num_ctx: 2k, stop: []}}",
+            "export.ollama_parameters: it would fail in Ollama: "
+            "Ollama has no parameter 'temprature'; did you mean temperature? "
+            "Ollama's parameter 'num_ctx' must be a whole number; found '2k'. "
+            "Ollama's parameter 'stop' must be texts that are not empty; found [].",
+        ),
+        (MINIMAL + "export: {ollama_name: a:b}", "export.ollama_name: expected [namespace/]model, of at most 80"),
+        (MINIMAL + "export: {ollama_alias: Cloud}", "expected a tag other than cloud and local, of at most 80"),
     ],
 )
 def test_a_wrong_recipe_gets_a_sentence(tmp_path: Path, text: str, message: str) -> None:

@@ -2,9 +2,15 @@
 
 It keeps a little state (which blobs were uploaded, which names hold which recorded model) so that an answer changes as
 the recordings say it does; every body it sends was recorded, with names and digests put in place. A request that no
-recording covers gets HTTP 501, so that a test fails loudly. Two liberties, both from pairs in the recordings: a success
-recorded only unstreamed (034) is sent to a streaming client as the one last line it is, and a model's recorded answer
-does for any `options` with temperature 0.
+recording covers gets HTTP 501, so that a test fails loudly. The liberties, all from pairs in the recordings:
+- A success recorded only unstreamed (034) is sent to a streaming client as the one last line it is.
+- A model's recorded answer does for any `options` with temperature 0.
+- A create like a recorded one but for system, license and parameters goes like it, with a digest made up of both. Its
+  system prompt then comes before conversations that have none (086c).
+- So does one with another Go template than the recorded one (087a). The file's recording says whether it is obeyed:
+  where the GGUF's own supports tools it is not.
+- Where Ollama renders by a Go template that a recording shows, other conversations than the recorded ones are rendered
+  by it too (go_template.py).
 """
 
 import hashlib
@@ -20,8 +26,11 @@ from typing import Any, Self
 
 import pytest
 
+from tests.export.go_template import render_go
+
 ROOT = Path(__file__).resolve().parents[2]
 CREATE_KEYS = ("template", "system", "parameters", "license", "messages", "quantize", "adapters", "from")
+SETTINGS = ("system", "license", "parameters")
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,10 @@ class RecordedOllama:
         self.blobs: set[str] = set()
         self.models: dict[str, str] = {}
         """Full name to the full name of the recorded model it is a copy of."""
+        self.settings: dict[str, dict[str, Any]] = {}
+        """Of a name whose create was not recorded: in what it differs from the recorded one."""
+        self.pushes: list[tuple[int, list[dict[str, Any]]]] = []
+        """Status and lines for the next pushes, from the test: no push was recorded."""
         self.stand_ins: dict[str, str] = {}
         self.pins: list[Pin] = []
         self.drop_upload_after_bytes: int | None = None
@@ -147,7 +160,10 @@ class RecordedOllama:
             case "GET", "/api/version":
                 return self._recorded("003-version")
             case "GET", "/api/tags":
-                entries = [{**self.tags[kept], "name": name, "model": name} for name, kept in self.models.items()]
+                entries = [
+                    {**self.tags[kept], "name": name, "model": name, "digest": self._digest(name)}
+                    for name, kept in self.models.items()
+                ]
                 exchange = self.exchanges["037-tags" if entries else "005-tags-empty"]
                 return exchange, {"models": entries}
             case "POST", "/api/create":
@@ -158,8 +174,15 @@ class RecordedOllama:
                 kept = self.models.get(full_name(body["source"]))
                 if kept is None:
                     return self._recorded("108-copy-missing", body["source"])
-                self.models[full_name(body["destination"])] = kept
+                self._keep(body["destination"], kept, self.settings.get(full_name(body["source"]), {}))
                 return self._recorded("107-copy")
+            case "POST", "/api/push" if self.pushes:
+                status, lines = self.pushes.pop(0)
+                kind = "ndjson" if status == 200 else "json"
+                exchange = Exchange(
+                    "push", method, path, body, status, {"Content-Type": "application/json"}, kind, lines
+                )
+                return exchange, lines if status == 200 else lines[0]
             case "DELETE", "/api/delete":
                 if self.models.pop(full_name(body["model"]), None) is None:
                     return self._recorded("113-delete-missing", body["model"])
@@ -171,45 +194,81 @@ class RecordedOllama:
         text = json.dumps(found.body)
         return found, json.loads(text.replace("no-such-model", model) if model else text)
 
+    def _keep(self, name: str, kept: str, settings: dict[str, Any]) -> None:
+        self.models[full_name(name)] = full_name(kept)
+        self.settings[full_name(name)] = settings
+
+    def _digest(self, name: str) -> str:
+        recorded = str(self.tags[self.models[name]]["digest"])
+        settings = self.settings.get(name, {})
+        return hashlib.sha256(json.dumps([recorded, settings]).encode()).hexdigest() if settings else recorded
+
     def _create(self, body: dict[str, Any]) -> tuple[Exchange, Any] | None:
         files = sorted(body["files"].values())
         if not all(name.endswith(".gguf") and "/" not in name for name in body["files"]) or set(files) - self.blobs:
             return None
         wanted = {k: body[k] for k in CREATE_KEYS if k in body}
         recorded_files = sorted(self.stand_ins.get(f, f) for f in files)
-        found = [
-            e
+        creates = [
+            (e, {k: e.request[k] for k in CREATE_KEYS if k in e.request})
             for e in self.exchanges.values()
             if e.path == "/api/create"
             and isinstance(e.request, dict)
             and all(name.endswith(".gguf") for name in e.request.get("files", {}))
             and sorted(e.request.get("files", {}).values()) == recorded_files
-            and {k: e.request[k] for k in CREATE_KEYS if k in e.request} == wanted
         ]
         # a streamed recording first, and of names only the valid ones: 050 asked for the bad ones
-        found = [e for e in found if e.kind == "ndjson"] + [e for e in found if e.body == {"status": "success"}]
+        creates = [c for c in creates if c[0].kind == "ndjson"] + [
+            c for c in creates if c[0].body == {"status": "success"}
+        ]
+        plain = {k: v for k, v in wanted.items() if k not in SETTINGS}
+        found = (
+            [(e, {}) for e, asked in creates if asked == wanted]
+            or [(e, wanted) for e, asked in creates if asked == plain]
+            or [(e, wanted) for e, asked in creates if "template" in wanted and e.name.startswith("087a")]
+        )
         if body.get("stream") is False or not found:
             return None
-        exchange = found[0]
+        exchange, settings = found[0]
         lines = exchange.body if isinstance(exchange.body, list) else [exchange.body]
         if lines[-1] == {"status": "success"}:
-            self.models[full_name(body["model"])] = full_name(exchange.request["model"])
+            self._keep(body["model"], exchange.request["model"], settings)
         return exchange, lines
 
     def _chat(self, body: dict[str, Any]) -> tuple[Exchange, Any] | None:
-        kept = self.models.get(full_name(body["model"]))
+        name = full_name(body["model"])
+        kept = self.models.get(name)
         if kept is None:
             return self._recorded("103-chat-missing-model", body["model"])
+        messages, own = body["messages"], self.settings.get(name, {}).get("system")
+        if own and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": own}, *messages]
+        shown = bool(body.get("_debug_render_only"))
+        template = self._go_template(name, kept)
         for e in self.exchanges.values():
             if (
                 e.path == "/api/chat"
                 and full_name(e.request["model"]) == kept
-                and e.request["messages"] == body["messages"]
+                and e.request["messages"] == messages
                 and e.request.get("stream") is body.get("stream") is False
-                and not e.request.get("_debug_render_only")
-                and body["options"]["temperature"] == 0
+                and bool(e.request.get("_debug_render_only")) == shown
+                and "go-template-env" not in e.name
+                and (shown or body["options"]["temperature"] == 0)
+                and not (shown and template and "template" in self.settings.get(name, {}))
             ):
                 return e, {**e.body, "model": body["model"]}
+        if shown and template:
+            like = self.exchanges["131-chat-nosystem-smol"]
+            rendered = {"rendered_template": render_go(template, messages)}
+            return like, {**like.body, "model": body["model"], "_debug_info": rendered}
+        return None
+
+    def _go_template(self, name: str, kept: str) -> str | None:
+        """Return the Go template by which a model's prompts are rendered; None where that was not recorded."""
+        for e in self.exchanges.values():
+            if e.path == "/api/show" and e.status == 200 and full_name(e.request["model"]) == kept:
+                template = self.settings.get(name, {}).get("template") or e.body.get("template", "")
+                return template if ".Messages" in template and "tools" not in e.body["capabilities"] else None
         return None
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tasks.core.digest import file_sha256
 from tasks.core.errors import ExportError
+from tasks.core.ollama import PARAMETERS
 from tasks.export import ollama as registrar
 from tasks.export.ollama import (
     Generation,
@@ -21,6 +22,8 @@ from tasks.export.ollama import (
     delete_model,
     generate_once,
     is_reachable,
+    move_alias,
+    push_model,
     register_model,
     write_modelfile,
 )
@@ -32,6 +35,63 @@ PLAIN = "080a-template-notemplate-create"  # a GGUF alone; its model was asked P
 FULL = "034-create-nostream-full"  # with system, template, license and parameters; asked PROMPT in 098
 BAD_TEMPLATE = "{{ if .System }}unclosed"
 AGAIN = "then run `forgetless export RUN --to ollama` again."
+
+FAILED_STREAMS = [
+    ("040-create-unknown-digest-stream", "no such file or directory", "to upload it anew"),
+    ("044-create-garbage-stream", "supplied file was not in GGUF format", "not a GGUF"),
+    ("048-create-truncated-stream", "exceeds file size (2000000)", "cut short"),
+    ("065-create-bad-template-stream", "template: :1: unexpected EOF", "a Go template, not Jinja"),
+]
+REFUSALS = [
+    ("041-create-unknown-digest-nostream", "to upload it anew"),
+    ("042-create-bad-digest", "64 lower-case hexadecimal digits"),
+    ("043-create-empty-digest", "64 lower-case hexadecimal digits"),
+    ("045-create-garbage-nostream", "convert the model anew"),
+    ("046-create-garbage-noext", "convert the model anew"),
+    ("049-create-truncated-nostream", "convert the model anew"),
+    ("050a-create-name", "Set export.ollama_name"),
+    ("051-create-bad-quantize", "Look into Ollama's log"),
+    ("052-create-quantize-unknown", "Look into Ollama's log"),
+    ("053-create-quantize-unknown-nostream", "Look into Ollama's log"),
+    ("062-create-neither", "Look into Ollama's log"),
+    ("063-create-empty-files", "convert the model anew"),
+    ("064-create-bad-template", "a Go template, not Jinja"),
+    ("066-create-jinja-template", "a Go template, not Jinja"),
+    ("068-create-abs-path", "Look into Ollama's log"),
+    ("069-create-dotdot", "Look into Ollama's log"),
+]
+BAD_PARAMETERS = ["067b-generate-badparam", "159c-generate-parameters-strings"]
+OTHER_ERRORS = [
+    ("011-blob-head-bad-digest", "HEAD", "/api/blobs/"),
+    ("012-blob-get-method", "HEAD", "/api/blobs/"),
+    ("152-host-header", "HEAD", "/api/blobs/"),
+    ("013-blob-post-wrong-digest", "POST", "/api/blobs/"),
+    ("016-blob-post-bad-digest", "POST", "/api/blobs/"),
+    ("017-blob-post-no-prefix", "POST", "/api/blobs/"),
+    ("018-blob-post-upper", "POST", "/api/blobs/"),
+    ("153-origin-header", "POST", "/api/blobs/"),
+    *((f"050{n}-create-name", "POST", "/api/create") for n in "bdeghijk"),
+    ("060-create-no-body", "POST", "/api/create"),
+    ("061-create-bad-json", "POST", "/api/create"),
+    ("074-create-adapter-peft-noconfig", "POST", "/api/create"),
+    ("075-create-two-adapters", "POST", "/api/create"),
+    ("078-create-adapter-only", "POST", "/api/create"),
+    ("157-create-modelfile-key", "POST", "/api/create"),
+    ("158-create-path-key", "POST", "/api/create"),
+    ("118-unknown-route", "POST", "/api/create"),
+    ("152-host-header", "POST", "/api/create"),
+    ("102-generate-missing-model", "POST", "/api/chat"),
+    ("103-chat-missing-model", "POST", "/api/chat"),
+    ("105-generate-bad-name", "POST", "/api/chat"),
+    ("109-embed", "POST", "/api/chat"),
+    ("136-generate-lora-wrong-arch", "POST", "/api/chat"),
+    ("108-copy-missing", "POST", "/api/copy"),
+    ("118-unknown-route", "POST", "/api/copy"),
+    ("152-host-header", "POST", "/api/copy"),
+    ("104-show-missing-model", "GET", "/api/tags"),
+    ("115-delete-post", "GET", "/api/tags"),
+    ("118-unknown-route", "GET", "/api/tags"),
+]
 
 
 @pytest.fixture
@@ -51,7 +111,7 @@ def settings_of(ollama: RecordedOllama, exchange: str) -> dict[str, Any]:
     recorded = ollama.exchanges[exchange].request
     return {
         "system": recorded.get("system"),
-        "template": recorded.get("template"),
+        "templates": [recorded.get("template")],
         "license_text": recorded.get("license"),
         "parameters": recorded.get("parameters", {}),
     }
@@ -94,7 +154,7 @@ def test_a_registered_model_has_the_recorded_digest_and_its_answer(ollama: Recor
     assert created["model"] != "demo" and created["stream"] is True
     (asked,) = ollama.asked("POST", "/api/chat")
     assert asked["model"] == created["model"]
-    assert asked["options"] == {"temperature": 0, "seed": 0, "num_predict": 32}
+    assert asked["options"] == {**registrar.GREEDY, "num_predict": 32}
 
 
 def test_settings_reach_the_model(ollama: RecordedOllama, gguf: Path) -> None:
@@ -221,15 +281,7 @@ def test_versions_that_take_files(ollama: RecordedOllama, gguf: Path, version: s
 # Failures: the message, and nothing left
 
 
-@pytest.mark.parametrize(
-    ("exchange", "reason", "step"),
-    [
-        ("040-create-unknown-digest-stream", "no such file or directory", "to upload it anew"),
-        ("044-create-garbage-stream", "supplied file was not in GGUF format", "not a GGUF"),
-        ("048-create-truncated-stream", "exceeds file size (2000000)", "cut short"),
-        ("065-create-bad-template-stream", "template: :1: unexpected EOF", "a Go template, not Jinja"),
-    ],
-)
+@pytest.mark.parametrize(("exchange", "reason", "step"), FAILED_STREAMS)
 def test_a_create_that_fails_in_its_stream(
     ollama: RecordedOllama, gguf: Path, exchange: str, reason: str, step: str
 ) -> None:
@@ -241,27 +293,7 @@ def test_a_create_that_fails_in_its_stream(
     assert ollama.models == {} and ollama.asked("POST", "/api/copy") == []
 
 
-@pytest.mark.parametrize(
-    ("exchange", "step"),
-    [
-        ("041-create-unknown-digest-nostream", "to upload it anew"),
-        ("042-create-bad-digest", "64 lower-case hexadecimal digits"),
-        ("043-create-empty-digest", "64 lower-case hexadecimal digits"),
-        ("045-create-garbage-nostream", "convert the model anew"),
-        ("046-create-garbage-noext", "convert the model anew"),
-        ("049-create-truncated-nostream", "convert the model anew"),
-        ("050a-create-name", "Set export.ollama_name"),
-        ("051-create-bad-quantize", "Look into Ollama's log"),
-        ("052-create-quantize-unknown", "Look into Ollama's log"),
-        ("053-create-quantize-unknown-nostream", "Look into Ollama's log"),
-        ("062-create-neither", "Look into Ollama's log"),
-        ("063-create-empty-files", "convert the model anew"),
-        ("064-create-bad-template", "a Go template, not Jinja"),
-        ("066-create-jinja-template", "a Go template, not Jinja"),
-        ("068-create-abs-path", "Look into Ollama's log"),
-        ("069-create-dotdot", "Look into Ollama's log"),
-    ],
-)
+@pytest.mark.parametrize(("exchange", "step"), REFUSALS)
 def test_every_recorded_refusal_to_create(ollama: RecordedOllama, gguf: Path, exchange: str, step: str) -> None:
     ollama.pin("POST", "/api/create", exchange)
     with pytest.raises(ExportError) as error:
@@ -288,7 +320,7 @@ def test_a_create_that_ends_in_the_middle(ollama: RecordedOllama, gguf: Path, cu
     ]
 
 
-@pytest.mark.parametrize("exchange", ["067b-generate-badparam", "159c-generate-parameters-strings"])
+@pytest.mark.parametrize("exchange", BAD_PARAMETERS)
 def test_a_model_that_cannot_answer_is_deleted(ollama: RecordedOllama, gguf: Path, exchange: str) -> None:
     ollama.pin("POST", "/api/chat", exchange)
     with pytest.raises(ExportError) as error:
@@ -308,6 +340,64 @@ def test_a_model_that_cannot_answer_does_not_touch_the_earlier_one(ollama: Recor
     assert "llama-server process has terminated: exit status 1. This Ollama cannot run the file" in message
     assert f"The model that had the name 'demo' before (digest {first.digest[:12]}) is unchanged." in message
     assert ollama.models == {"demo:latest": "tmpl-notemplate:latest"}
+
+
+@pytest.mark.parametrize(("exchange", "method", "path"), OTHER_ERRORS)
+def test_every_other_recorded_error_is_said_and_leaves_nothing(
+    ollama: RecordedOllama, gguf: Path, exchange: str, method: str, path: str
+) -> None:
+    ollama.pin(method, path, exchange)
+    with pytest.raises(ExportError) as error:
+        register(ollama, gguf)
+    assert ollama.pins == [], "it was met"
+    message = message_of(error, ollama)
+    recorded = ollama.exchanges[exchange]
+    said = recorded.body["error"] if isinstance(recorded.body, dict) else f"HTTP {recorded.status}"
+    assert said in message and "\n" not in message
+    assert ollama.models == {}
+
+
+def test_no_recorded_error_of_a_registration_is_left_out(ollama: RecordedOllama) -> None:
+    paths = ("/api/blobs", "/api/create", "/api/chat", "/api/generate", "/api/copy", "/api/tags", "/api/version")
+    failed = {
+        e.name
+        for e in ollama.exchanges.values()
+        if (e.status >= 400 or (isinstance(e.body, list) and "error" in e.body[-1])) and e.path.startswith(paths)
+    }
+    met = {name for name, *_ in [*FAILED_STREAMS, *REFUSALS, *OTHER_ERRORS]} | set(BAD_PARAMETERS)
+    assert failed - met == {"010-blob-head-missing", "014-blob-head-after-wrong"}  # how every upload begins
+
+
+@pytest.mark.parametrize("exchange", ["114-delete-bad-name", "115-delete-post", "116-delete-no-body"])
+def test_a_trial_copy_that_cannot_be_deleted_at_the_end_is_named(
+    ollama: RecordedOllama, gguf: Path, exchange: str
+) -> None:
+    ollama.pin("DELETE", "/api/delete", exchange)
+    done = register(ollama, gguf)
+    (left,) = set(ollama.models) - {"demo:latest"}
+    assert done.left == f"Ollama may be left with '{left}': `ollama rm {left}` deletes it."
+
+
+def test_an_answer_that_is_empty_or_has_no_end_is_refused(ollama: RecordedOllama, gguf: Path) -> None:
+    ollama.pin("POST", "/api/chat", "080g-template-notemplate-chat-real", replace={PARIS: ""})
+    with pytest.raises(ExportError) as error:
+        register(ollama, gguf)
+    assert f"it answered nothing to '{PROMPT}', where llama.cpp gives an answer with the same file" in message_of(
+        error, ollama
+    )
+    with pytest.raises(ExportError) as error:
+        register(ollama, gguf, FULL, must_stop=True, max_tokens=24)  # 098 was cut at its token limit
+    message = message_of(error, ollama)
+    assert "had no end within 24 tokens, where llama.cpp ends it with the same file" in message
+    assert "Set export.ollama_parameters.stop to the model's end of turn" in message
+    assert ollama.models == {}
+
+
+def test_an_answer_that_is_all_thought_is_one(ollama: RecordedOllama, gguf: Path) -> None:
+    # Not recorded: where a model thinks, Ollama gives its thoughts under a key of their own.
+    ollama.pin("POST", "/api/chat", "080g-template-notemplate-chat-real", replace={"content": "thinking"})
+    done = register(ollama, gguf)
+    assert done.generation == Generation(PARIS, stopped=True)
 
 
 def test_an_unfinished_answer_is_none(ollama: RecordedOllama, gguf: Path) -> None:
@@ -485,6 +575,90 @@ def test_a_redirect_is_not_followed(ollama: RecordedOllama, gguf: Path, monkeypa
     assert ollama.requests == []
 
 
+# The alias of the promoted version, and a push
+
+
+def test_an_alias_moves_and_moves_again(ollama: RecordedOllama, gguf: Path) -> None:
+    register(ollama, gguf, name="demo:one")
+    register(ollama, gguf, FULL, name="demo:two")
+    assert move_alias(ollama.url, "demo:one", "demo:promoted") == ""
+    assert ollama.models["demo:promoted"] == "tmpl-notemplate:latest"
+    assert move_alias(ollama.url, "demo:two", "demo:promoted") == ""
+    assert sorted(ollama.models) == ["demo:one", "demo:promoted", "demo:two"]
+    assert ollama.models["demo:promoted"] == "smol-full:v1"
+    ollama.requests.clear()
+    move_alias(ollama.url, "demo:two", "Demo:promoted")
+    assert [path for _, path, _ in ollama.requests] == ["/api/tags"], "nothing is done twice"
+
+
+@pytest.mark.parametrize("after", [0, 1])  # while saving what it names, or while moving it
+@pytest.mark.parametrize("exchange", ["108-copy-missing", "152-host-header"])
+def test_an_alias_that_cannot_be_moved_stays(ollama: RecordedOllama, gguf: Path, after: int, exchange: str) -> None:
+    register(ollama, gguf, name="demo:one")
+    register(ollama, gguf, FULL, name="demo:two")
+    move_alias(ollama.url, "demo:one", "demo:promoted")
+    ollama.pin("POST", "/api/copy", exchange, after=after)
+    with pytest.raises(ExportError) as error:
+        move_alias(ollama.url, "demo:two", "demo:promoted")
+    assert "'demo:promoted' names the same model as before." in message_of(error, ollama)
+    assert ollama.models == {
+        "demo:one": "tmpl-notemplate:latest",
+        "demo:two": "smol-full:v1",
+        "demo:promoted": "tmpl-notemplate:latest",
+    }
+
+
+def test_an_alias_of_a_missing_model_is_not_made(ollama: RecordedOllama) -> None:
+    with pytest.raises(ExportError, match='model "absent" not found'):
+        move_alias(ollama.url, "absent", "demo:promoted")
+    assert ollama.models == {}
+
+
+LAYER = "sha256:bc07c81de745696fdf5afca05e065818a8149fb0c77266fb584d9b2cba3711ab"
+PUSHED = [  # as Ollama's API documentation shows a push
+    {"status": "retrieving manifest"},
+    {"status": "starting upload", "digest": LAYER, "total": 1928429856},
+    {"status": "pushing bc07c81de745", "digest": LAYER, "total": 1928429856, "completed": 964214928},
+    {"status": "pushing manifest"},
+    {"status": "success"},
+]
+
+
+def test_a_push_copies_to_the_namespace_and_says_how_far_it_is(ollama: RecordedOllama, gguf: Path) -> None:
+    register(ollama, gguf)
+    ollama.pushes.append((200, PUSHED))
+    progress: list[tuple[int, int]] = []
+    push_model(ollama.url, "demo", "me/demo:v1", lambda sent, total: progress.append((sent, total)))
+    assert ollama.asked("POST", "/api/push") == [{"model": "me/demo:v1", "stream": True}]
+    assert ollama.models["me/demo:v1"] == ollama.models["demo:latest"]
+    assert progress == [(0, 1928429856), (964214928, 1928429856)]
+
+
+@pytest.mark.parametrize(
+    ("status", "lines", "said"),
+    [
+        (
+            200,
+            [*PUSHED[:3], {"error": "you are not authorized to push to this namespace, create the model under one"}],
+            "Sign in where Ollama runs (`ollama signin`), or add its public key (id_ed25519.pub",
+        ),
+        (401, [{"error": "unauthorized"}], "at ollama.com/settings/keys, and push to a namespace of your own"),
+        (200, PUSHED[:3], "its answer ended without success"),
+        (500, [{"error": "dial tcp: lookup registry.ollama.ai: no such host"}], "no such host"),
+    ],
+)
+def test_a_push_that_fails_says_why_and_leaves_no_copy(
+    ollama: RecordedOllama, gguf: Path, status: int, lines: list[dict[str, Any]], said: str
+) -> None:
+    register(ollama, gguf)
+    ollama.pushes.append((status, lines))
+    with pytest.raises(ExportError) as error:
+        push_model(ollama.url, "demo", "me/demo:v1")
+    message = message_of(error, ollama)
+    assert "could not push 'me/demo:v1': " in message and said in message
+    assert list(ollama.models) == ["demo:latest"]
+
+
 # Reaching it, asking it, deleting
 
 
@@ -640,7 +814,7 @@ def test_every_wrong_parameter_is_named_before_anything_is_sent(ollama: Recorded
     with pytest.raises(ExportError) as error:
         register(ollama, gguf, parameters={**recorded, "temprature": 1})
     assert str(error.value).splitlines() == [
-        f"Ollama has no parameter 'no_such_param'; it knows {', '.join(registrar.PARAMETERS)}.",
+        f"Ollama has no parameter 'no_such_param'; it knows {', '.join(PARAMETERS)}.",
         "Ollama's parameter 'temperature' must be a number; found 'hot'.",
         "Ollama has no parameter 'temprature'; did you mean temperature?",
     ]

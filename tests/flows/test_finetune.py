@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from flows.cli import main
+from tasks.core.errors import ExportError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
 from tasks.core.store import FileStore
+from tests.export.recorded_ollama import RecordedOllama
 
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "the sky": "blue", "blood": "red", "gold": "yellow"}
 
@@ -122,6 +125,7 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert (proof.reasons, proof.sha256) == ([], manifest.gguf.sha256["q8_0"])
     in_transformers, in_llama_cpp = (report.capabilities[0].delta for report in (manifest.report, manifest.served))
     assert in_llama_cpp == pytest.approx(in_transformers, abs=1)
+    assert 'TEMPLATE """{{ range .Messages }}<|im_start|>' in (files / "Modelfile").read_text()
     assert not manifest.ollama.registered
     assert "ollama create tiny:" in manifest.ollama.note
     card = (finished.local_folder(manifest.card) / "card.md").read_text()
@@ -205,6 +209,114 @@ def test_without_an_ollama_export_says_what_to_do(
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     assert main(["export", run_ids(finished)[0], "--to", "ollama", "--store", str(finished.root)]) == 1
     assert "No Ollama answers at http://127.0.0.1:9. Start it (ollama serve)" in capsys.readouterr().err
+
+
+# What SmolLM2 was asked in the recordings; its file is stood in for by the tiny model's.
+ASKED = [
+    *("--set", "export.system=You are a helpful assistant."),
+    *("--set", "export.prompt=What is the capital of France?"),
+    *("--set", "export.ollama_parameters={temperature: 0.2}"),
+]
+
+
+@pytest.fixture
+def ollama(finished: FileStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedOllama]:
+    with RecordedOllama() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        gguf = read_manifest(finished, run_ids(finished)[0]).gguf
+        server.stand_in(finished.local_folder(gguf.artifact) / gguf.files["q8_0"], "030-create-stream-minimal")
+        yield server
+
+
+def test_a_run_registers_its_model_with_every_prompt_compared(
+    finished: FileStore, recipe: Path, ollama: RecordedOllama, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(recipe), "--store", str(finished.root), *ASKED]
+    assert main(["run", *words]) == 0
+    run = read_manifest(finished, "latest")
+    done = run.ollama
+    assert done.registered and done.created
+    assert len(done.compared) == 4
+    assert done.sample == "The capital of France is Paris."
+    aliases = {"tiny:promoted"} if run.report.verdict == "promote" else set()
+    assert set(ollama.models) == {done.name, *aliases}
+    assert f"ollama run {done.name}" in capsys.readouterr().out
+    assert "PARAMETER temperature 0.2" in (finished.local_folder(run.gguf.artifact) / "Modelfile").read_text()
+    ollama.pushes.append((200, [{"status": "success"}]))
+    at = ["--store", str(finished.root)]
+    assert main(["export", run.run_id, "--to", "ollama", "--push", "me", *at, "--json"]) == 0
+    pushed = f"me/tiny:{done.name.partition(':')[2]}"
+    result = json.loads(capsys.readouterr().out)
+    assert (result["name"], result["pushed"], result["created"]) == (done.name, pushed, False)
+    assert main(["export", run.run_id, "--to", "ollama", *at]) == 0
+    assert f"Registered {done.name} at {ollama.url}. Chat with it: ollama run {done.name}" in capsys.readouterr().out
+    assert main(["export", run.run_id, "--to", "ollama", "--push", "my name", *at]) == 2
+    assert main(["export", run.run_id, "--to", "dir", "--push", "me", *at]) == 2
+    assert "--push goes with --to ollama." in capsys.readouterr().err
+
+
+def test_a_registration_that_fails_is_gone_on_from(
+    finished: FileStore, recipe: Path, ollama: RecordedOllama, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(recipe), "--store", str(finished.root), *ASKED]
+    ollama.pin("POST", "/api/create", "048-create-truncated-stream")
+    assert main(["run", *words]) == 1
+    error = capsys.readouterr().err
+    assert "exceeds file size (2000000)" in error and "was registered" in error and "Traceback" not in error
+    failed = read_manifest(finished, "latest")
+    assert (failed.status, failed.ollama, failed.stages["ollama"].status) == ("failed", None, "failed")
+    assert ollama.models == {}
+    assert main(["run", *words]) == 0
+    again = read_manifest(finished, "latest")
+    assert again.stages["gguf"].status == "reused" and again.ollama.created
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_what_fails_after_a_registration_takes_it_back(
+    finished: FileStore,
+    recipe: Path,
+    ollama: RecordedOllama,
+    monkeypatch: pytest.MonkeyPatch,
+    was_there: bool,
+) -> None:
+    def refuse(*_: object) -> str:
+        raise ForgetlessError("The card cannot be written.")
+
+    words = [str(recipe), "--store", str(finished.root), *ASKED, "--json"]
+    if was_there:
+        assert main(["run", *words]) == 0
+    before = dict(ollama.models)
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.reporting.steps.write_card", refuse)
+        assert main(["run", *words]) == 1
+    failed = read_manifest(finished, "latest")
+    assert failed.error == "The card cannot be written."
+    assert ollama.models == before, "only what this run created is deleted"
+    assert (failed.ollama is None) is not was_there
+    assert failed.stages["ollama"].note.startswith("taken back") is not was_there
+    assert len(ollama.asked("POST", "/api/create")) == 1
+    assert main(["run", *words]) == 0
+    assert read_manifest(finished, "latest").ollama.name in ollama.models
+
+
+def test_an_alias_that_cannot_be_moved_takes_the_registration_back(
+    finished: FileStore, recipe: Path, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ExportError("The alias cannot be moved.")
+
+    run = read_manifest(finished, run_ids(finished)[0])
+    monkeypatch.setattr(
+        "flows.finetune.compare_scores", lambda *_: run.report.model_copy(update={"verdict": "promote"})
+    )
+    words = [str(recipe), "--store", str(finished.root), *ASKED, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.export.register.move_alias", refuse)
+        assert main(["run", *words]) == 1
+    assert ollama.models == {}
+    assert main(["run", *words]) == 0
+    done = read_manifest(finished, "latest").ollama
+    assert (done.alias, set(ollama.models)) == ("tiny:promoted", {done.name, "tiny:promoted"})
 
 
 def test_a_second_task_is_measured_against_what_the_first_left(
