@@ -420,7 +420,9 @@ def _export(arguments: argparse.Namespace) -> int:
         config, name = manifest.recipe.export, manifest.recipe.name
         pushed = registrar.name_to_push(config, gguf, name, arguments.push) if arguments.push else None
         with show_progress():
-            done = registrar.register(config, gguf, manifest.merged, manifest.base, name, store)
+            registrar.require_proven(config, gguf, manifest.proof, store)
+            expected = manifest.proof.answer if manifest.proof else None
+            done = registrar.register(config, gguf, manifest.merged, manifest.base, name, store, expected)
             if not done.registered:
                 raise ExportError(
                     f"No Ollama answers at {done.url}. Start it (ollama serve), or set OLLAMA_HOST, then run this "

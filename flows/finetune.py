@@ -37,6 +37,7 @@ from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
 from tasks.data.steps import require_valid, validate_dataset
 from tasks.evaluation.steps import compare_scores, list_evaluation_items, score_file
+from tasks.export.register import require_proven
 from tasks.export.steps import (
     choose_merge,
     convert_base,
@@ -45,7 +46,6 @@ from tasks.export.steps import (
     promote_in_ollama,
     prove_gguf,
     register_in_ollama,
-    require_proven,
 )
 from tasks.models.steps import prepare_base
 from tasks.reporting.steps import publish_run
@@ -113,7 +113,7 @@ def finetune(
             manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
             manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, base, merged, url))
             manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
-            require_proven(config.export, gguf, proof, url)
+            require_proven(config.export, gguf, proof, place)
             if config.eval.on_gguf:
                 manifest.served = run.stage("served", lambda: check_served(config, base, gguf, url))
             if manifest.served and manifest.served.verdict == "reject":
@@ -122,8 +122,9 @@ def finetune(
                 run.skip("ollama", why="export.ollama is false")
         with transaction():  # a model is in Ollama with its run's card, or not at all
             if manifest.gguf and manifest.stages["ollama"].status == "pending":
+                answer = proof.answer
                 manifest.ollama = run.stage(
-                    "ollama", lambda: register_in_ollama(config.export, base, merged, gguf, config.name, url)
+                    "ollama", lambda: register_in_ollama(config.export, base, merged, gguf, config.name, url, answer)
                 )
             with run.timed("publish"):
                 manifest.card = publish_run(manifest, url)

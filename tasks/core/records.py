@@ -384,6 +384,8 @@ class ProofRef(ArtifactRecord):
     """By quantisation."""
     precision: str
     """In which the merged model was computed."""
+    answer: str
+    """Its greedy answer to what the exported file was asked."""
 
 
 class OllamaRef(Record):

@@ -65,7 +65,6 @@ def row_probes(tokens: Path) -> list[Probe]:
     return [Probe(ids) for ids in rows if len(ids) > 1]
 
 
-@torch.inference_mode()
 def answer_probes(model: Any, tokenizer: Any, tokens: Path) -> list[Probe]:
     """Return what a transformers model answers, greedily, to held-out prompts and to general ones; its end counts."""
     held_out = read_examples(tokens / "validation")
@@ -76,6 +75,13 @@ def answer_probes(model: Any, tokenizer: Any, tokens: Path) -> list[Probe]:
             prompts.append(prompt)
     asked = [render(tokenizer, [{"role": "user", "content": text}], answer_next=True) for text in GENERAL]
     prompts += [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
+    answers = write_answers(model, tokenizer, prompts)
+    return [Probe(prompt + answer, len(prompt) - 1) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+@torch.inference_mode()
+def write_answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the tokens with which a transformers model goes on, greedily, its end of text among them."""
     width = max(map(len, prompts))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -83,11 +89,11 @@ def answer_probes(model: Any, tokenizer: Any, tokens: Path) -> list[Probe]:
     written = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=padding
     )
-    probes = []
-    for prompt, row in zip(prompts, written[:, width:].tolist(), strict=True):
+    answers = []
+    for row in written[:, width:].tolist():
         ends = [i for i, token in enumerate(row) if token in (tokenizer.eos_token_id, padding)]
-        probes.append(Probe(prompt + row[: ends[0] + 1 if ends else len(row)], len(prompt) - 1))
-    return probes
+        answers.append(row[: ends[0] + 1 if ends else len(row)])
+    return answers
 
 
 @torch.inference_mode()

@@ -20,10 +20,11 @@ from tasks.export.distributions import (
     compare_distributions,
     record_distributions,
     row_probes,
+    write_answers,
 )
 from tasks.models.llama import quiet_llama
 from tasks.models.load import dtype_name, load_model
-from tasks.models.template import render
+from tasks.models.template import Message, render
 from tasks.models.tokenizer import load_tokenizer
 
 # With which a file passes: the least share of an answer's places with the same most likely token, and the largest mean
@@ -58,18 +59,26 @@ class Recorded:
     answers: Distributions
     rows: Distributions
     precision: str
+    answer: str
+    """To `asked`, greedily."""
 
 
-def record_merged(merged: Path, tokens: Path, scratch: Path, on_progress: Callable[[int, int], None]) -> Recorded:
+def record_merged(
+    merged: Path, tokens: Path, asked: list[Message], scratch: Path, on_progress: Callable[[int, int], None]
+) -> Recorded:
     """Return what the merged model expects; the files of it are in `scratch`."""
     size = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     in_float32 = 3 * size < (memory_bytes() or 0)  # the weights are 16 bits each: twice their size, and some room
     model = load_model(merged, torch.float32 if in_float32 else torch.bfloat16, "cpu")
-    answers = answer_probes(model, load_tokenizer(merged, "auto"), tokens)
+    tokenizer = load_tokenizer(merged, "auto")
+    answers = answer_probes(model, tokenizer, tokens)
+    ids = tokenizer(render(tokenizer, asked, answer_next=True), add_special_tokens=False)["input_ids"]
+    (answer,) = write_answers(model, tokenizer, [ids])
     return Recorded(
         record_distributions(model, answers, scratch / "answers.npy", on_progress),
         record_distributions(model, row_probes(tokens), scratch / "rows.npy", on_progress),
         dtype_name(model.dtype),
+        tokenizer.decode(answer, skip_special_tokens=True).strip(),
     )
 
 

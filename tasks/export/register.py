@@ -3,11 +3,11 @@
 import json
 
 from tasks.core.config import ExportConfig
-from tasks.core.digest import canonical_json, sha256
-from tasks.core.errors import ConfigError
+from tasks.core.digest import canonical_json, file_sha256, sha256
+from tasks.core.errors import ConfigError, ExportError
 from tasks.core.ollama import name_problem
 from tasks.core.progress import report_progress
-from tasks.core.records import BaseRef, GgufRef, ModelRef, OllamaRef
+from tasks.core.records import BaseRef, GgufRef, ModelRef, OllamaRef, ProofRef
 from tasks.core.settings import read_settings
 from tasks.core.store import Store
 from tasks.export.ollama import (
@@ -27,6 +27,27 @@ SMOKE_TOKENS = 48  # as many as llama.cpp may answer with
 ENOUGH_TOKENS = 192  # for an answer that llama.cpp ended within those, in other words
 
 
+def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef | None, store: Store) -> None:
+    """Raise ExportError where the file that would be registered is not the model that was measured, or no longer the
+    file that was proven."""
+    if proof is None:
+        raise ExportError("This run's files were never proven: it is of an earlier version. Run its recipe again.")
+    found = proof.files[export.serve]
+    path = store.local_folder(gguf.artifact) / gguf.files[export.serve]
+    if (now := file_sha256(path)) != found.sha256:
+        raise ExportError(
+            f"{path} is not the file that was proven: its sha256 is {now}, not {found.sha256}. It is not registered; "
+            f"delete {gguf.artifact.uri} and run the recipe again, which converts it anew."
+        )
+    if not found.passed:
+        others = [name for name, other in proof.files.items() if other.passed]
+        step = f"Set export.serve to one that is ({', '.join(others)})" if others else "Convert it again"
+        raise ExportError(
+            f"{gguf.files[export.serve]} is not the model that was measured, so it is not registered: "
+            f"{'; '.join(found.reasons)}. {step}; the report is in {proof.artifact.uri}."
+        )
+
+
 def register(
     export: ExportConfig,
     gguf: GgufRef,
@@ -39,8 +60,8 @@ def register(
     """Return the model's name in Ollama after its prompts were compared with the tokenizer's and it answered; or, where
     no Ollama answers, the command that registers it by hand. `expected` is Hugging Face's greedy answer to gguf.prompt,
     where it is known. Raises ExportError where Ollama answers and refuses, ModelError for an odd template."""
-    file_sha256 = gguf.sha256[export.serve]
-    name = f"{export.ollama_name or recipe_name}:{file_sha256[:8]}"
+    digest = gguf.sha256[export.serve]
+    name = f"{export.ollama_name or recipe_name}:{digest[:8]}"
     check_name(name)
     url = read_settings().ollama_url
     folder = store.local_folder(gguf.artifact)
@@ -50,7 +71,7 @@ def register(
     tokenizer = load_tokenizer(store.local_folder(merged.artifact), "auto")
     templates = go_templates(tokenizer, gguf.system)
     options = export.ollama_parameters
-    inputs = sha256(canonical_json([file_sha256, gguf.system, options, base.license, templates]))
+    inputs = sha256(canonical_json([digest, gguf.system, options, base.license, templates]))
     # The digest that Ollama gave at the last registration tells whether it still holds the same model.
     memory = f"registry/ollama/{name.replace('/', '--').replace(':', '--')}.json"
     known = json.loads(store.read_bytes(memory) or b"{}")
@@ -60,7 +81,7 @@ def register(
         url,
         name,
         folder / gguf.files[export.serve],
-        file_sha256,
+        digest,
         system=gguf.system,
         parameters=options,
         templates=templates,

@@ -163,6 +163,8 @@ def prove_gguf(gguf: GgufRef, merged: ModelRef, tokens: TokensRef, store_url: st
             recorded = record_merged(
                 source,
                 store.local_folder(tokens.artifact),
+                ([{"role": "system", "content": gguf.system}] if gguf.system else [])
+                + [{"role": "user", "content": gguf.prompt}],
                 Path(scratch),
                 lambda done, total: report_progress("proof", done, total, "the merged model"),
             )
@@ -174,30 +176,12 @@ def prove_gguf(gguf: GgufRef, merged: ModelRef, tokens: TokensRef, store_url: st
         fields = {
             "files": {name: proof.model_dump() for name, proof in proofs.items()},
             "precision": recorded.precision,
+            "answer": recorded.answer,
         }
         (folder / "proof.json").write_bytes(canonical_json(fields))
         return fields
 
     return stored(store, proof_stage(gguf, merged, tokens), ProofRef, make)
-
-
-def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef, store_url: str) -> None:
-    """Raise ExportError where the file that would be registered is not the model that was measured, or no longer the
-    file that was proven."""
-    found = proof.files[export.serve]
-    path = open_store(read_settings(store_url)).local_folder(gguf.artifact) / gguf.files[export.serve]
-    if (now := file_sha256(path)) != found.sha256:
-        raise ExportError(
-            f"{path} is not the file that was proven: its sha256 is {now}, not {found.sha256}. It is not registered; "
-            f"delete {gguf.artifact.uri} and run the recipe again, which converts it anew."
-        )
-    if not found.passed:
-        others = [name for name, other in proof.files.items() if other.passed]
-        step = f"Set export.serve to one that is ({', '.join(others)})" if others else "Convert it again"
-        raise ExportError(
-            f"{gguf.files[export.serve]} is not the model that was measured, so it is not registered: "
-            f"{'; '.join(found.reasons)}. {step}; the report is in {proof.artifact.uri}."
-        )
 
 
 @task(name="convert-base", **STAGE_OPTIONS)
@@ -219,13 +203,19 @@ def convert_base(model: ModelConfig, base: BaseRef, store_url: str) -> FileRef:
 
 @task(name="register-in-ollama", **ONCE_OPTIONS)
 def register_in_ollama(
-    export: ExportConfig, base: BaseRef, merged: ModelRef, gguf: GgufRef, name: str, store_url: str
+    export: ExportConfig,
+    base: BaseRef,
+    merged: ModelRef,
+    gguf: GgufRef,
+    name: str,
+    store_url: str,
+    expected: str | None = None,
 ) -> OllamaRef:
     """Return the model's name in Ollama, or how to register it by hand where no Ollama answers. In a transaction that
     fails later, a model that it created is deleted again."""
     from tasks.export.register import register
 
-    ref = register(export, gguf, merged, base, name, open_store(read_settings(store_url)))
+    ref = register(export, gguf, merged, base, name, open_store(read_settings(store_url)), expected)
     if transaction := get_transaction():
         transaction.set("registered", ref)
     return ref

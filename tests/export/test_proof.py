@@ -37,7 +37,8 @@ def write_rows(folder: Path, model: Path) -> Path:
 
 
 def record(model: Path, folder: Path) -> Recorded:
-    return record_merged(model, write_rows(folder, model), folder, lambda done, total: None)
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    return record_merged(model, write_rows(folder, model), asked, folder, lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def test_an_f16_file_is_the_model(smollm: tuple[Path, Recorded], smollm_folder: 
     assert proof.agreement >= 0.99
     assert proof.divergence <= 0.01
     assert proof.places > 200
+    assert "Paris" in smollm[1].answer
     assert proof.perplexity == pytest.approx(proof.merged_perplexity, rel=0.01)
     assert proof.summary.startswith("proven: same tokens, template and ends; most likely token the same at ")
 
