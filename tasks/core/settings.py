@@ -1,5 +1,6 @@
 """Where things are on this machine: read from the environment, never part of a recipe or a digest."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,9 @@ def quiet_libraries() -> None:
     Must run before those libraries are imported; what the user has set in the environment stays."""
     for name, value in library_settings().items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # as it is imported it tells of a kernel it has no need of
 
 
 def training_settings() -> dict[str, str]:

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import gc
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from tasks.models.virtual_tokens import VirtualTokens
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
 
 
