@@ -117,9 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     steps = add("steps", _curve, "Judge the steps of a run's training that were kept (train.snapshots).", output)
     steps.set_defaults(by="step")
     steps.add_argument("run", metavar="RUN", help="a run's name, or latest")
-    chat = add("chat", _chat, "Chat with a run's exported model in the terminal.")
-    chat.add_argument("run", metavar="RUN", help="a run's name, or latest")
-    chat.add_argument("--prompt", help="ask this once and exit")
+    chat = add("chat", _chat, "Chat in the terminal with what a run made, or with any model.", output)
+    text = "a run's name, latest, a GGUF file, a model's folder, or ollama:NAME"
+    chat.add_argument("model", metavar="MODEL", help=text)
+    text = "which of the things a run made (default: its GGUF file; its adapter, where that cannot be merged)"
+    kinds = ["auto", "adapter", "merged", "gguf", "ollama"]
+    chat.add_argument("--as", dest="kind", choices=kinds, default="auto", help=text)
+    text = "which of a run's GGUF files, such as q4_k_m (default: export.serve)"
+    chat.add_argument("--file", metavar="QUANTISATION", help=text)
+    text = "let the run's base answer too, with the same seed; needs the memory of both"
+    chat.add_argument("--base", action="store_true", help=text)
+    chat.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's, or the model's own)")
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this once and exit")
+    text = "0 always takes the likeliest token (default), 1 draws as the model has it"
+    chat.add_argument("--temperature", metavar="F", type=_between(float, 0, 10), default=0.0, help=text)
+    text = "draw among the likeliest tokens with this share of the probability (default: 1, all)"
+    chat.add_argument("--top-p", metavar="F", type=_between(float, 0, 1), default=1.0, help=text)
+    text = "the same seed draws the same answers (default: 0)"
+    chat.add_argument("--seed", metavar="N", type=_between(int, 0, 2**31 - 1), default=0, help=text)
+    text = "longest answer (default: 512)"
+    chat.add_argument("--max-tokens", metavar="N", type=_count, default=512, help=text)
+    chat.set_defaults(interrupted="Interrupted.")
     export = add("export", _export, "Export a finished run's model.", output)
     export.add_argument("run", metavar="RUN", help="a run's name, or latest")
     export.add_argument(
@@ -182,6 +200,16 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("expected 1 or more")
+    return number
+
+
+def _between(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:.10g}")
+        return value
+
     return number
 
 
@@ -388,11 +416,27 @@ def _exported(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    store, manifest, gguf = _exported(arguments)
-    from tasks.export.gguf import chat_with
+    from flows.chat import Screen, ask_once, chat, open_speakers
+    from tasks.core.errors import ConfigError
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+    from tasks.export.chat import Sampling
 
-    path = store.local_folder(gguf.artifact) / gguf.files[manifest.recipe.export.serve]
-    return chat_with(path, gguf.system, arguments.prompt)
+    text = arguments.prompt
+    if text is None and arguments.json:
+        raise ConfigError("--json prints the answer to one question: give it with --prompt TEXT.")
+    if text is not None and not text.strip():
+        raise ConfigError("--prompt is empty: give it a question, or leave it out to chat.")
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed, arguments.max_tokens)
+    store = open_store(read_settings(arguments.store))
+    speakers = open_speakers(store, arguments.model, arguments.kind, arguments.file, arguments.base, arguments.system)
+    if arguments.json:
+        _print_json(ask_once(speakers, text, sampling))
+    elif text is not None:
+        Screen(speakers, sampling, once=True).answer(text)
+    else:
+        chat(speakers, sampling)
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

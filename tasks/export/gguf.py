@@ -65,35 +65,3 @@ def generate_sample(path: Path, prompt: str, system: str | None, max_tokens: int
     choice = answer["choices"][0]  # type: ignore[index]
     model.close()
     return Sample(str(choice["message"]["content"] or "").strip(), choice["finish_reason"] == "stop")
-
-
-def chat_with(path: Path, system: str | None, prompt: str | None = None) -> int:
-    """Chat with a GGUF file in the terminal, or answer `prompt` once. Returns the exit code 0."""
-    import llama_cpp
-
-    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    with quiet_llama():
-        model = llama_cpp.Llama(str(path), n_ctx=2048, verbose=False)
-        if prompt is None:
-            print(f"Chatting with {path.name}. An empty line or Ctrl-D ends it.")
-        while text := prompt or _read_line():
-            messages.append({"role": "user", "content": text})
-            answer = ""
-            for part in model.create_chat_completion(messages=messages, temperature=0.0, stream=True, max_tokens=512):  # type: ignore[arg-type]
-                piece = str(part["choices"][0]["delta"].get("content") or "")  # type: ignore[index, union-attr]
-                answer += piece
-                print(piece, end="", flush=True)
-            print()
-            messages.append({"role": "assistant", "content": answer})
-            if prompt is not None:
-                break
-        model.close()
-    return 0
-
-
-def _read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        print()
-        return ""

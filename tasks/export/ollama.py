@@ -1,4 +1,4 @@
-"""Registration of a GGUF file as a model in a running Ollama, over HTTP, and the Modelfile that does it by hand.
+"""Registration of a GGUF file as a model in a running Ollama, over HTTP, the Modelfile that does it by hand, and chat.
 
 Deliberately not here: conversion and quantisation (Ollama gets a finished GGUF), and starting or installing Ollama.
 What an Ollama answers was recorded from 0.32.15, all but a push; numbers such as (040) in comments name the recorded
@@ -7,7 +7,7 @@ exchange.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,6 +332,53 @@ def generate_once(base_url: str, name: str, prompt: str, max_tokens: int = 32) -
     check_name(name)
     with _connect(base_url) as client:
         return _generate(client, name, f"get an answer from {name!r}", prompt, max_tokens)
+
+
+def has_model(base_url: str, name: str) -> bool:
+    """Return whether the Ollama at `base_url` has a model `name`. Raises ExportError."""
+    with _connect(base_url) as client:
+        return _full_name(name) in _read_digests(client)
+
+
+def read_context(base_url: str, name: str) -> int | None:
+    """Return how many tokens Ollama reads of a conversation with the loaded model `name` (099); None where it is not
+    loaded, or Ollama does not say. Raises ExportError."""
+    with _connect(base_url) as client:
+        loaded = _call_json(client, "GET", "/api/ps", "list its loaded models").get("models") or []
+        found = [
+            model.get("context_length") for model in loaded if _full_name(model.get("name", "")) == _full_name(name)
+        ]
+    return found[0] if found else None
+
+
+def stream_chat(
+    base_url: str, name: str, messages: list[dict[str, str]], options: Mapping[str, ParameterValue]
+) -> Generator[str, None, dict[str, Any]]:
+    """Yield the answer of model `name` to a conversation as it is written, and return Ollama's last line, which has
+    the counts of tokens (097). Raises ExportError."""
+    doing, step = (
+        f"chat with {name!r}",
+        "Look into Ollama's log (`journalctl -u ollama`, or where `ollama serve` runs).",
+    )
+    request = {"model": name, "messages": messages, "options": options}
+    timeout = httpx.Timeout(GENERATE_SECONDS, connect=CONNECT_SECONDS)
+    with _connect(base_url) as client:
+        try:
+            with client.stream("POST", "/api/chat", json=request, timeout=timeout) as response:
+                if response.status_code != 200:
+                    response.read()
+                    _refuse(client, doing, response)
+                for line in filter(str.strip, response.iter_lines()):
+                    part = _parse_json(line)
+                    if not isinstance(part, dict) or "error" in part:
+                        _fail(client, doing, str(part["error"] if isinstance(part, dict) else part), step)
+                    if text := (part.get("message") or {}).get("content"):
+                        yield text
+                    if part.get("done"):
+                        return part
+        except httpx.TransportError as error:
+            _fail(client, doing, f"the connection broke off ({error or type(error).__name__})", step)
+        _fail(client, doing, "its answer ended without a last line", step)
 
 
 def delete_model(base_url: str, name: str) -> None:

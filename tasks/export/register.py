@@ -48,6 +48,11 @@ def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef | None, 
         )
 
 
+def model_name(export: ExportConfig, gguf: GgufRef, recipe_name: str) -> str:
+    """Return what the served file is called in Ollama: a name of its own per content."""
+    return f"{export.ollama_name or recipe_name}:{gguf.sha256[export.serve][:8]}"
+
+
 def register(
     export: ExportConfig,
     gguf: GgufRef,
@@ -61,7 +66,7 @@ def register(
     no Ollama answers, the command that registers it by hand. `expected` is Hugging Face's greedy answer to gguf.prompt,
     where it is known. Raises ExportError where Ollama answers and refuses, ModelError for an odd template."""
     digest = gguf.sha256[export.serve]
-    name = f"{export.ollama_name or recipe_name}:{digest[:8]}"
+    name = model_name(export, gguf, recipe_name)
     check_name(name)
     url = read_settings().ollama_url
     folder = store.local_folder(gguf.artifact)

@@ -168,6 +168,8 @@ class RecordedOllama:
                 return exchange, {"models": entries}
             case "POST", "/api/create":
                 return self._create(body)
+            case "GET", "/api/ps":
+                return self._recorded("006-ps-empty")
             case "POST", "/api/chat":
                 return self._chat(body)
             case "POST", "/api/copy":
@@ -250,13 +252,14 @@ class RecordedOllama:
                 e.path == "/api/chat"
                 and full_name(e.request["model"]) == kept
                 and e.request["messages"] == messages
-                and e.request.get("stream") is body.get("stream") is False
+                and e.request.get("stream") is body.get("stream")
                 and bool(e.request.get("_debug_render_only")) == shown
                 and "go-template-env" not in e.name
                 and (shown or body["options"]["temperature"] == 0)
                 and not (shown and template and "template" in self.settings.get(name, {}))
             ):
-                return e, {**e.body, "model": body["model"]}
+                named = {"model": body["model"]}
+                return e, [{**line, **named} for line in e.body] if isinstance(e.body, list) else {**e.body, **named}
         if shown and template:
             like = self.exchanges["131-chat-nosystem-smol"]
             rendered = {"rendered_template": render_go(template, messages)}
