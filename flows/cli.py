@@ -141,11 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Export a finished run's model.", output)
     export.add_argument("run", metavar="RUN", help="a run's name, or latest")
     export.add_argument(
-        "--to", required=True, choices=["ollama", "dir"], help="register in Ollama, or copy to a folder"
+        "--to", required=True, choices=["ollama", "dir", "hub"], help="register in Ollama, copy to a folder, or push"
     )
     export.add_argument("--out", metavar="DIR", help="folder for --to dir")
     text = "push the registered model to ollama.com too, as NAMESPACE[/NAME[:TAG]]"
     export.add_argument("--push", metavar="NAMESPACE", help=text)
+    export.add_argument("--repo", metavar="NAMESPACE/NAME", help="repository for --to hub")
+    text = "what to push (default: the adapter; of method full the merged model)"
+    export.add_argument("--as", choices=["adapter", "merged", "gguf"], dest="kind", help=text)
+    export.add_argument("--private", action="store_true", help="the new repository is private")
+    export.add_argument("--dry-run", metavar="DIR", help="write what --to hub would push to a new folder instead")
     dashboard = add("dashboard", _dashboard, "Open the dashboard on the store.")
     dashboard.add_argument("--port", type=int, default=8501)
     add("doctor", _doctor, "Check this machine, and say what each missing piece costs.", output)
@@ -230,7 +235,8 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments.store)
     store = open_store(settings)
     check_writable(store)
-    plan_run(recipe, store)
+    for note in plan_run(recipe, store)["notes"]:
+        print(f"forgetless: {note}", file=sys.stderr)
     run_id = new_run_id(recipe.name)
     with RunScreen(run_id, enabled=not arguments.json):
         from flows.finetune import finetune
@@ -445,6 +451,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from tasks.core.errors import ConfigError, ExportError
 
+    if arguments.to == "hub":
+        return _push(arguments)
     store, manifest, gguf = _exported(arguments)
     if arguments.push and arguments.to != "ollama":
         raise ConfigError("--push goes with --to ollama.")
@@ -484,6 +492,29 @@ def _export(arguments: argparse.Namespace) -> int:
         _print_json(result)
     else:
         print(text)
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from flows.publish import push_run
+    from tasks.core.errors import ConfigError
+    from tasks.core.manifest import read_manifest
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    if not arguments.repo:
+        raise ConfigError("--to hub needs --repo NAMESPACE/NAME: the repository that the model goes to.")
+    store = open_store(read_settings(arguments.store))
+    run = read_manifest(store, arguments.run)
+    dry_run = Path(arguments.dry_run) if arguments.dry_run else None
+    done = push_run(store, run, arguments.repo, arguments.kind, arguments.private, dry_run)
+    if arguments.json:
+        _print_json(done)
+    else:
+        where = f"Wrote {done['folder']}" if dry_run else f"Pushed to {done['url']}"
+        print(f"{where}: {', '.join(done['files'])}.")
     return 0
 
 

@@ -17,11 +17,13 @@ from prefect import flow, runtime
 from prefect.transactions import transaction
 from pydantic import Field
 
+from flows.plan import base_licence
 from flows.prepare_data import prepare_data, tokenise_data
 from flows.score_model import score_model
 from flows.train_adapter import train_adapter
 from tasks.core.config import Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
+from tasks.core.licences import check_use
 from tasks.core.manifest import (
     STAGES,
     RunManifest,
@@ -35,6 +37,7 @@ from tasks.core.progress import report_progress
 from tasks.core.records import QUANTISING, ArtifactRecord, BaseRef, FileRef, ForgettingReport, GgufRef, Record
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
+from tasks.data.sources import list_licences
 from tasks.data.steps import require_valid, validate_dataset
 from tasks.evaluation.steps import compare_scores, list_evaluation_items, score_file
 from tasks.export.register import require_proven
@@ -85,6 +88,8 @@ def finetune(
         manifest.data_report = report = run.stage("validate", lambda: validate_dataset(config.data, dataset, url))
         require_valid(report)
         manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
+        manifest.licences = [base_licence(config.model, base.license), *list_licences(config.data)]
+        manifest.notes = check_use(config.export.use, manifest.licences)
         manifest.tokens = tokens = run.stage("tokens", lambda: tokenise_data(config, base, dataset, items, url))
         require_valid(tokens)
         start = find_start(place, config.train, base, bring=True)

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.core.config import EvalConfig, Recipe, TaskConfig
+from tasks.core.config import EvalConfig, ModelConfig, Recipe, TaskConfig
 from tasks.core.errors import DataError, ModelError
+from tasks.core.licences import check_use
 from tasks.core.manifest import find_start, shipped_part
 from tasks.core.paired import detectable_change
 from tasks.core.records import (
@@ -18,6 +19,7 @@ from tasks.core.records import (
     DatasetRef,
     ForgettingReport,
     GgufRef,
+    LicenceRef,
     MergeChoice,
     ModelRef,
     ProofRef,
@@ -42,7 +44,7 @@ from tasks.core.stages import (
     validation_stage,
 )
 from tasks.core.store import Store, find_artifact
-from tasks.data.sources import prompts_digest, source_digests
+from tasks.data.sources import list_licences, prompts_digest, source_digests
 from tasks.evaluation.questions import read_questions
 from tasks.evaluation.suite import suite_digest
 from tasks.evaluation.vllm_backend import check_vllm
@@ -100,6 +102,10 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
 
     source = locate(lambda: locate_base(recipe.model, weights=False))
     sources = locate(lambda: source_digests(recipe.data))
+    licences = list_licences(recipe.data)
+    if source or recipe.model.license:
+        licences.insert(0, base_licence(recipe.model, source.license if source else None))
+    notes += check_use(recipe.export.use, licences)
     suite = suite_digest(recipe.eval)
     if recipe.eval.backend == "vllm" and not offline_ok:
         check_vllm()
@@ -138,6 +144,18 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
         "detectable": [asdict(d) for d in _detectable(recipe.eval)],
         "notes": notes,
     }
+
+
+def base_licence(config: ModelConfig, stated: str | None) -> LicenceRef:
+    """Return the licence of a base: the recipe's, or as `stated` with the base."""
+    is_local, is_packaged = Path(config.base).is_absolute(), config.base.startswith("package:")
+    return LicenceRef(
+        what="base",
+        key="model.license",
+        name=Path(config.base).name if is_local else config.base,
+        license=config.license or stated,
+        is_hub=not (is_local or is_packaged),
+    )
 
 
 def _is_out_of_reach(error: BaseException) -> bool:

@@ -148,7 +148,7 @@ def show_summary(manifest: RunManifest, store: Store) -> None:
 
 
 def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
-    facts = []
+    facts = [("Note", note) for note in manifest.notes]
     if manifest.adapter:
         a = manifest.adapter
         losses = f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}"

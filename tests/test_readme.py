@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from flows.cli import _parser
-from tasks.core.config import Recipe, TaskConfig
+from tasks.core.config import DataConfig, ExportConfig, Recipe, TaskConfig
+from tasks.core.licences import find_licence
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh-CN.md")
@@ -45,6 +46,13 @@ def test_every_recipe_shown_is_valid(name: str) -> None:
     assert recipes
     for recipe in recipes:
         assert Recipe.model_validate(recipe).name == recipe["name"]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_licences_shown_are_sections_of_a_recipe(name: str) -> None:
+    (shown,) = (yaml.safe_load(b) for b in blocks(name, "yaml") if "\nexport:" in b)
+    assert ExportConfig.model_validate(shown["export"]).use == "commercial"
+    assert find_licence(DataConfig.model_validate(shown["data"]).sources[0].license).kind == "share-alike"
 
 
 @pytest.mark.parametrize("name", READMES)

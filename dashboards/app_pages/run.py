@@ -65,6 +65,8 @@ with st.container(gap="xsmall"):
     if manifest.recipe.description:
         st.text(manifest.recipe.description)
     st.caption(results.describe_run(manifest))
+for note in manifest.notes:
+    st.info(results.escape_markdown(note))
 
 if manifest.status == "failed":
     st.error(results.describe_failure(manifest), icon=":material/error:")

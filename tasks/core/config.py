@@ -46,6 +46,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id; resolved to a commit.")
     template: TemplateName = Field(TemplateName.AUTO, description="Chat template, where the base ships none.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
+    license: str | None = Field(None, min_length=1, description="Its licence, where its card states none or another.")
 
 
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "pairs", "lccc", "seed_tasks", "text"]
@@ -70,6 +71,7 @@ class SourceConfig(Section):
     subset: str | None = Field(None, description="Configuration name of a Hub data set.")
     split: str = Field("train", description="Split of a Hub data set, or of a file that holds several.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
+    license: str | None = Field(None, min_length=1, description="Its licence (cc-by-4.0, say); a Hub card's if null.")
     max_rows: int | None = Field(None, ge=1, description="Read at most this many rows.")
     weight: float = Field(1.0, gt=0, le=100, description="How often a row is seen per epoch: 2 twice, 0.5 every other.")
 
@@ -400,6 +402,7 @@ class EvalConfig(Section):
 
 
 Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+Use = Literal["commercial", "research", "private"]
 
 
 class ExportConfig(Section):
@@ -421,6 +424,9 @@ class ExportConfig(Section):
         1.0, gt=0, le=2, description="Share of the adapter that is scored after training and shipped; retrains nothing."
     )
     step: int | None = Field(None, ge=1, description="Ship this snapshot (train.snapshots) in place of the end.")
+    use: Use | None = Field(
+        None, description="What the model is for: checked against the licences of base and data before training."
+    )
 
     @field_validator("ollama_name", "ollama_alias")
     @classmethod

@@ -22,6 +22,7 @@ from tasks.core.records import (
     DatasetRef,
     ForgettingReport,
     GgufRef,
+    LicenceRef,
     MergeChoice,
     ModelRef,
     OllamaRef,
@@ -81,6 +82,10 @@ class RunManifest(BaseModel):
     """The file that is served against the base, both in llama.cpp (eval.on_gguf)."""
     ollama: OllamaRef | None = None
     card: ArtifactRef | None = None
+    licences: list[LicenceRef] = []
+    """Of the base, then of the data."""
+    notes: list[str] = []
+    """What a reader of the run should know that belongs to no stage: uses that a licence does not allow."""
     environment: dict[str, str] = {}
     """Library versions, Python, machine: recorded, never part of a key."""
 

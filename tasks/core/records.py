@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 SNAPSHOTS = "snapshots"
+PushKind = Literal["adapter", "merged", "gguf"]
+"""What of a run goes to the Hub."""
 
 
 class Record(BaseModel):
@@ -38,6 +40,18 @@ class BaseRef(ArtifactRecord):
     template: str
     parameters: int
     max_tokens: int
+
+
+class LicenceRef(Record):
+    """The licence of a base or a data source, as its card or the recipe states it; None where neither does."""
+
+    what: Literal["base", "data source"]
+    key: str
+    """Where a recipe states it."""
+    name: str
+    """Hub id, or the name of a file or folder: never a path."""
+    license: str | None
+    is_hub: bool = False
 
 
 class DatasetRef(ArtifactRecord):

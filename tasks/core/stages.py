@@ -51,7 +51,7 @@ def dataset_stage(config: DataConfig, sources: list[str], suite: str) -> Stage:
     evaluation items that no row may hold."""
     section = config.model_dump(mode="json", include={"validation_share", "max_chars", "fill", "clean", "leakage"})
     all_sources = [*config.sources, *(config.replay.sources if config.replay else [])]
-    options = [s.model_dump(mode="json", exclude={"path", "revision"}) for s in all_sources]
+    options = [s.model_dump(mode="json", exclude={"path", "revision", "license"}) for s in all_sources]
     share = config.replay.share if config.replay and config.replay.sources else None
     items = [suite] if config.leakage == "quarantine" else []
     return Stage("dataset", 2, [*sources, *items], {**section, "sources": options, "replay": share})

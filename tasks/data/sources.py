@@ -19,6 +19,8 @@ from urllib.parse import unquote
 from tasks.core.config import Column, DataConfig, ReplayConfig, SourceConfig, Tag
 from tasks.core.digest import content_digest, file_sha256, sha256
 from tasks.core.errors import DataError
+from tasks.core.licences import licence_of_card
+from tasks.core.records import LicenceRef
 from tasks.data.downloads import fetch, is_remote, list_remote, shown
 from tasks.data.files import (
     ARCHIVES,
@@ -129,6 +131,23 @@ def source_name(source: SourceConfig) -> str:
         return source.path
     name = shown(source.path).rstrip("/").rpartition("/")[2]
     return unquote(name) if is_remote(source.path) else name
+
+
+def list_licences(config: DataConfig) -> list[LicenceRef]:
+    """Return the licence of each source, of replay's too: as the recipe states it, or the card of a Hub data set that
+    is downloaded."""
+    found = []
+    for key, sources in (
+        ("data.sources license", config.sources),
+        ("data.replay.sources license", config.replay.sources if config.replay else []),
+    ):
+        for source in sources:
+            resolved, _ = resolve_entry(source)
+            is_hub = is_hub_id(resolved.path)
+            stated = source.license or (_card_licence(resolved) if is_hub else None)
+            name = resolved.path if is_hub else source_name(source)
+            found.append(LicenceRef(what="data source", key=key, name=name, license=stated, is_hub=is_hub))
+    return found
 
 
 def source_digests(config: DataConfig) -> list[str]:
@@ -366,6 +385,13 @@ def hub_commit(source: SourceConfig) -> str:
         return note.read_text(encoding="utf-8").strip()
     except Exception as error:  # the Hub's library also passes its HTTP client's exceptions on
         raise DataError(_hub_sentence(source, error)) from error
+
+
+def _card_licence(source: SourceConfig) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    card = try_to_load_from_cache(source.path, "README.md", repo_type="dataset", revision=source.revision)
+    return licence_of_card(Path(card).read_text(encoding="utf-8", errors="replace")) if isinstance(card, str) else None
 
 
 def _hub_records(source: SourceConfig, folder: str | None) -> Records:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tasks.core.config import ModelConfig
 from tasks.core.digest import content_digest, file_sha256
 from tasks.core.errors import ConfigError, ModelError
+from tasks.core.licences import licence_of_card
 from tasks.core.records import BaseRef
 from tasks.core.store import Store
 
@@ -25,11 +26,13 @@ HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base is on this machine: `path` is a folder, or a .gguf file; `content` identifies its bytes."""
+    """Where a base is on this machine: `path` is a folder, or a .gguf file; `content` identifies its bytes; `license`
+    is what its card or its GGUF metadata state."""
 
     kind: Literal["gguf", "folder", "hub"]
     path: Path
     content: str
+    license: str | None
     revision: str | None = None
 
 
@@ -40,12 +43,12 @@ def locate_base(config: ModelConfig, weights: bool = True) -> BaseSource:
     if path is None:
         path, commit = _hub_folder(config.base, config.revision, HUB_FILES if weights else TOKENIZER_FILES)
         _refuse_quantised(path, config.base)
-        return BaseSource("hub", path, f"hub:{config.base}@{commit}", commit)
+        return BaseSource("hub", path, f"hub:{config.base}@{commit}", _card_licence(path), commit)
     if path.suffix == ".gguf":
         return _gguf(path)
     content = _folder_content(path)
     _refuse_quantised(path, config.base)
-    return BaseSource("folder", path, content)
+    return BaseSource("folder", path, content, _card_licence(path))
 
 
 def locate_tokenizer(config: ModelConfig, scratch: Path) -> Path:
@@ -120,14 +123,14 @@ def _packaged_file(name: str) -> Path:
 
 def _gguf(path: Path) -> BaseSource:
     facts = path.stat()
-    return BaseSource("gguf", path, _whole_gguf(path, facts.st_size, facts.st_mtime_ns))
+    return BaseSource("gguf", path, *_whole_gguf(path, facts.st_size, facts.st_mtime_ns))
 
 
 @functools.cache  # the plan and the run's first stage ask for the same file
-def _whole_gguf(path: Path, size_bytes: int, changed_ns: int) -> str:
-    """Return the sha256 of a GGUF file that llama.cpp finds whole."""
-    read_gguf_metadata(path)
-    return file_sha256(path)
+def _whole_gguf(path: Path, size_bytes: int, changed_ns: int) -> tuple[str, str | None]:
+    """Return the sha256 and the stated licence of a GGUF file that llama.cpp finds whole."""
+    metadata = read_gguf_metadata(path)
+    return file_sha256(path), metadata.get("general.license")
 
 
 @functools.cache  # a run asks for a folder's content at every stage
@@ -214,7 +217,7 @@ def write_base(source: BaseSource, config: ModelConfig, folder: Path) -> dict[st
     return {
         "source": config.base,
         "revision": source.revision,
-        "license": _license(source),
+        "license": source.license,
         "template": config.template.value,
         **describe_model(place, config),
     }
@@ -233,9 +236,6 @@ def open_base(store: Store, base: BaseRef, config: ModelConfig) -> Path:
     return source.path
 
 
-def _license(source: BaseSource) -> str | None:
-    if source.kind == "gguf":
-        return read_gguf_metadata(source.path).get("general.license")
-    card = source.path / "README.md"
-    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
-    return found.group(1) if found else None
+def _card_licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    return licence_of_card(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None

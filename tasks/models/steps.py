@@ -16,9 +16,10 @@ def prepare_base(config: ModelConfig, store_url: str) -> BaseRef:
     from tasks.models.base import locate_base, write_base
 
     source = locate_base(config)
-    return stored(
+    base = stored(
         open_store(read_settings(store_url)),
         base_stage(config, source.content),
         BaseRef,
         lambda folder: write_base(source, config, folder),
     )
+    return base.model_copy(update={"license": source.license})  # as its card has it now: it is in no key

@@ -14,48 +14,20 @@ SYMBOLS = {"promote": "✔ promote", "reject": "✘ reject", "inconclusive": "? 
 
 def write_card(manifest: RunManifest) -> str:
     """Return the Markdown card of a finished run: what it is, what it gained and forgot, how it was made."""
-    recipe = manifest.recipe
-    parts = [f"# {recipe.name}", ""]
-    if recipe.description:
-        parts += [escape(recipe.description), ""]
-    if manifest.report:
-        parts += [f"**Verdict: {SYMBOLS[manifest.report.verdict]}.** {escape(manifest.report.reason)}", ""]
-        parts += [delta_table(manifest.report.capabilities), ""]
-        parts += [
-            "Deltas are after minus before on the same items, signed so that negative is forgetting, with 95 % "
-            "intervals over items (not over training seeds).",
-            "",
-        ]
+    parts = [f"# {manifest.recipe.name}", ""]
+    if manifest.recipe.description:
+        parts += [escape(manifest.recipe.description), ""]
+    parts += verdict_part(manifest)
     facts: list[tuple[str, str]] = []
     if manifest.base:
         facts.append(
             ("Base", f"{manifest.base.source}" + (f" @ {manifest.base.revision}" if manifest.base.revision else ""))
         )
-        facts.append(("Base licence", manifest.base.license or "not stated"))
+        facts.append(("Base licence", manifest.recipe.model.license or manifest.base.license or "not stated"))
     if manifest.dataset:
         facts.append(("Data", ", ".join(manifest.dataset.sources)))
-        rows = ", ".join(f"{count} {split}" for split, count in manifest.dataset.rows.items())
-        facts.append(
-            ("Rows", f"{manifest.dataset.read} read: {rows}, {sum(manifest.dataset.quarantined.values())} quarantined")
-        )
-        replayed = {**manifest.dataset.replay, **_self_replay(manifest)}
-        if replayed:
-            facts.append(("Replay", ", ".join(f"{count} {name}" for name, count in replayed.items())))
-    if manifest.adapter:
-        a, t = manifest.adapter, recipe.train
-        facts.append(("Method", f"{t.method}{_size(t)}, learning rate {t.learning_rate:g}, {t.schedule}"))
-        facts.append(
-            (
-                "Training",
-                f"{a.steps} steps, {a.supervised_tokens:,} supervised tokens, {a.seconds:.0f} s, {a.dtype}, "
-                f"seed {t.seed}",
-            )
-        )
-        if a.dropped_too_long:
-            facts.append(("Left out", f"conversations longer than {t.max_tokens} tokens: {a.dropped_too_long:,}"))
-        facts.append(
-            ("Validation loss", f"{a.first_validation_loss:.3f} → {a.last_validation_loss:.3f} nats per token")
-        )
+    facts += [(f"Licence of {x.name}", x.license or "not stated") for x in manifest.licences if x.what != "base"]
+    facts += [*row_facts(manifest), *training_facts(manifest)]
     if manifest.gguf:
         for quantisation, name in manifest.gguf.files.items():
             size = manifest.gguf.sizes_bytes[quantisation] / 1e6
@@ -67,10 +39,59 @@ def write_card(manifest: RunManifest) -> str:
     if manifest.ollama:
         state = "registered" if manifest.ollama.registered else "not registered"
         facts.append(("Ollama", f"{manifest.ollama.name} ({state})"))
-    parts += ["| | |", "|---|---|", *(f"| {escape(k)} | {escape(v)} |" for k, v in facts), ""]
+    parts += [fact_table(facts), ""]
+    parts += [line for note in manifest.notes for line in (escape(note), "")]
     if manifest.gguf:
         parts += [f"> {escape(manifest.gguf.prompt)}", ">", f"> {escape(manifest.gguf.sample)}", ""]
     return "\n".join(parts)
+
+
+def verdict_part(manifest: RunManifest) -> list[str]:
+    """Return the verdict and the table of deltas as lines, none for a run that was not judged."""
+    if not manifest.report:
+        return []
+    return [
+        f"**Verdict: {SYMBOLS[manifest.report.verdict]}.** {escape(manifest.report.reason)}",
+        "",
+        delta_table(manifest.report.capabilities),
+        "",
+        "Deltas are after minus before on the same items, signed so that negative is forgetting, with 95 % "
+        "intervals over items (not over training seeds).",
+        "",
+    ]
+
+
+def row_facts(manifest: RunManifest) -> list[tuple[str, str]]:
+    """Return how many rows were read, kept, and replayed."""
+    if not manifest.dataset:
+        return []
+    rows = ", ".join(f"{count} {split}" for split, count in manifest.dataset.rows.items())
+    quarantined = sum(manifest.dataset.quarantined.values())
+    facts = [("Rows", f"{manifest.dataset.read} read: {rows}, {quarantined} quarantined")]
+    if replayed := {**manifest.dataset.replay, **_self_replay(manifest)}:
+        facts.append(("Replay", ", ".join(f"{count} {name}" for name, count in replayed.items())))
+    return facts
+
+
+def training_facts(manifest: RunManifest) -> list[tuple[str, str]]:
+    """Return the method, its size and what training came to."""
+    a, t = manifest.adapter, manifest.recipe.train
+    if a is None:
+        return []
+    done = f"{a.steps} steps, {a.supervised_tokens:,} supervised tokens, {a.seconds:.0f} s, {a.dtype}, seed {t.seed}"
+    facts = [
+        ("Method", f"{t.method}{_size(t)}, learning rate {t.learning_rate:g}, {t.schedule}"),
+        ("Training", done),
+    ]
+    if a.dropped_too_long:
+        facts.append(("Left out", f"conversations longer than {t.max_tokens} tokens: {a.dropped_too_long:,}"))
+    losses = f"{a.first_validation_loss:.3f} → {a.last_validation_loss:.3f} nats per token"
+    return [*facts, ("Validation loss", losses)]
+
+
+def fact_table(facts: list[tuple[str, str]]) -> str:
+    """Return names and values as a Markdown table without a head."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {escape(name)} | {escape(value)} |" for name, value in facts)])
 
 
 def _size(train: TrainConfig) -> str:

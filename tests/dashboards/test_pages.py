@@ -271,3 +271,12 @@ def test_what_a_training_noted_is_shown_as_text(show: Show, tmp_path: Path) -> N
     assert notes[0].partition(":")[0] in at.info[0].value.replace("\\", "")
     assert made.HOSTILE not in [box.value for box in at.info]  # escaped: not read as Markdown
     assert "It was stopped early, and the best step, 20, is shipped." in words(at)
+
+
+def test_what_a_licence_does_not_allow_is_shown_as_text(show: Show, tmp_path: Path) -> None:
+    whole = made.promoted()
+    whole.notes = ["rows.jsonl is under cc-by-nc-4.0, which allows no commercial use.", made.HOSTILE]
+    write_manifest(FileStore(tmp_path), whole)
+    at = show(made.PROMOTED)
+    assert at.info[0].value.replace("\\", "") == whole.notes[0]
+    assert made.HOSTILE not in [box.value for box in at.info]

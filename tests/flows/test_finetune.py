@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flows.cli import main
-from tasks.core.errors import ExportError, ForgetlessError
+from tasks.core.errors import ConfigError, ExportError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
 from tasks.core.store import FileStore
 from tests.export.recorded_ollama import RecordedOllama
@@ -108,6 +108,10 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert manifest.status == "completed"
     assert {name: s.status for name, s in manifest.stages.items()} == dict.fromkeys(manifest.stages, "computed")
     assert manifest.dataset.read == 48 == sum(manifest.dataset.rows.values())
+    assert [(x.what, x.name, x.license) for x in manifest.licences] == [
+        ("base", Path(manifest.recipe.model.base).name, None),
+        ("data source", "rows.json", None),
+    ]
     assert manifest.data_report.passed
     chat, text, choices = manifest.report.capabilities
     assert chat.status == "gained"
@@ -317,6 +321,23 @@ def test_an_alias_that_cannot_be_moved_takes_the_registration_back(
     assert main(["run", *words]) == 0
     done = read_manifest(finished, "latest").ollama
     assert (done.alias, set(ollama.models)) == ("tiny:promoted", {done.name, "tiny:promoted"})
+
+
+def test_a_flow_refuses_a_use_that_a_licence_forbids_before_it_trains(finished: FileStore, recipe: Path) -> None:
+    """A flow that is started on a server has no command line before it that refuses."""
+    from flows.finetune import finetune
+
+    before = len(run_ids(finished))
+    with pytest.raises(ConfigError, match="is under cc-by-nc-4.0, which allows no commercial use"):
+        finetune(
+            recipe=str(recipe),
+            overrides=["export.use=commercial", "model.license=cc-by-nc-4.0", "train.rank=2"],
+            store=str(finished.root),
+        )
+    manifest = read_manifest(finished, "latest")
+    assert len(run_ids(finished)) == before + 1
+    assert manifest.status == "failed"
+    assert manifest.stages["tokens"].status == manifest.stages["train"].status == "pending"
 
 
 def test_a_second_task_is_measured_against_what_the_first_left(
