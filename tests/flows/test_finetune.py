@@ -466,7 +466,7 @@ def test_any_model_is_scored_alone_and_once(
     finished: FileStore, recipe: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suite = tmp_path / "suite.yaml"
-    settings = yaml.safe_load(recipe.read_text())["eval"]
+    settings = {"capabilities": yaml.safe_load(recipe.read_text())["eval"]["capabilities"]}
     suite.write_text(yaml.safe_dump({"description": "the tiny recipe's", **settings}))
     command = ["eval", str(tiny_folder), "--suite", str(suite), "--store", str(finished.root)]
     assert main([*command, "--json"]) == 0
