@@ -34,7 +34,18 @@ from tasks.core.manifest import (
     write_manifest,
 )
 from tasks.core.progress import report_progress
-from tasks.core.records import QUANTISING, ArtifactRecord, BaseRef, FileRef, ForgettingReport, GgufRef, Record
+from tasks.core.records import (
+    QUANTISING,
+    AdapterRef,
+    ArtifactRecord,
+    BaseRef,
+    FileRef,
+    ForgettingReport,
+    GgufRef,
+    Record,
+    ScoreSheet,
+    TokensRef,
+)
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
 from tasks.data.sources import list_licences
@@ -101,41 +112,49 @@ def finetune(
         trained = run.stage(
             "train", lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id)
         )
-        adapter = shipped_part(trained, config.export)
-        if adapter.method in QUANTISING:
-            manifest.merge_choice = choice = choose_merge(config.model, base, adapter, tokens, url)
-            adapter = adapter.model_copy(update={"onto": choice.onto})
-        manifest.adapter = adapter
-        manifest.after = after = run.stage(
-            "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
-        )
-        manifest.report = verdict = run.stage("compare", lambda: compare_scores(config.eval, before, after, url))
-        if gate and verdict.verdict != "promote":
-            run.skip("merge", "gguf", "proof", "ollama", why=f"the gate is closed: {verdict.verdict}")
-        elif adapter.unmerged:
-            run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
-        else:
-            manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
-            manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, base, merged, url))
-            manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
-            require_proven(config.export, gguf, proof, place)
-            if config.eval.on_gguf:
-                manifest.served = run.stage("served", lambda: check_served(config, base, gguf, url))
-            if manifest.served and manifest.served.verdict == "reject":
-                run.skip("ollama", why=f"the served file is rejected: {manifest.served.reason}")
-            elif not config.export.ollama:
-                run.skip("ollama", why="export.ollama is false")
-        with transaction():  # a model is in Ollama with its run's card, or not at all
-            if manifest.gguf and manifest.stages["ollama"].status == "pending":
-                answer = proof.answer
-                manifest.ollama = run.stage(
-                    "ollama", lambda: register_in_ollama(config.export, base, merged, gguf, config.name, url, answer)
-                )
-            with run.timed("publish"):
-                manifest.card = publish_run(manifest, url)
-            if manifest.ollama and verdict.verdict == "promote":  # last: nothing after it could fail
-                manifest.ollama = promote_in_ollama(config.export, manifest.ollama)
+        judge_and_ship(run, base, tokens, before, shipped_part(trained, config.export), gate, url)
     return manifest
+
+
+def judge_and_ship(
+    run: "Run", base: BaseRef, tokens: TokensRef, before: ScoreSheet, adapter: AdapterRef, gate: bool, url: str
+) -> None:
+    """Score what a run made, compare it with what was before, and ship it unless the gate closes: how every run ends.
+    `tokens` are the rows that an export is proven on."""
+    manifest, config = run.manifest, run.manifest.recipe
+    if adapter.method in QUANTISING:
+        manifest.merge_choice = choice = choose_merge(config.model, base, adapter, tokens, url)
+        adapter = adapter.model_copy(update={"onto": choice.onto})
+    manifest.adapter = adapter
+    manifest.after = after = run.stage(
+        "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
+    )
+    manifest.report = verdict = run.stage("compare", lambda: compare_scores(config.eval, before, after, url))
+    if gate and verdict.verdict != "promote":
+        run.skip("merge", "gguf", "proof", "ollama", why=f"the gate is closed: {verdict.verdict}")
+    elif adapter.unmerged:
+        run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
+    else:
+        manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
+        manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, base, merged, url))
+        manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
+        require_proven(config.export, gguf, proof, run.store)
+        if config.eval.on_gguf:
+            manifest.served = run.stage("served", lambda: check_served(config, base, gguf, url))
+        if manifest.served and manifest.served.verdict == "reject":
+            run.skip("ollama", why=f"the served file is rejected: {manifest.served.reason}")
+        elif not config.export.ollama:
+            run.skip("ollama", why="export.ollama is false")
+    with transaction():  # a model is in Ollama with its run's card, or not at all
+        if manifest.gguf and manifest.stages["ollama"].status == "pending":
+            answer = proof.answer
+            manifest.ollama = run.stage(
+                "ollama", lambda: register_in_ollama(config.export, base, merged, gguf, config.name, url, answer)
+            )
+        with run.timed("publish"):
+            manifest.card = publish_run(manifest, url)
+        if manifest.ollama and verdict.verdict == "promote":  # last: nothing after it could fail
+            manifest.ollama = promote_in_ollama(config.export, manifest.ollama)
 
 
 def check_served(config: Recipe, base: BaseRef, gguf: GgufRef, url: str) -> ForgettingReport:
