@@ -16,8 +16,18 @@ import streamlit as st
 import yaml
 
 from tasks.core.errors import ForgetlessError, StoreError, describe_os_error
-from tasks.core.manifest import STAGES, LiveCurve, RunManifest, manifest_path, read_manifest, run_ids
-from tasks.core.records import AdapterRef, ArtifactRef, DataReport, DatasetRef, Delta, GgufRef, ProofRef, TrainPoint
+from tasks.core.manifest import LiveCurve, RunManifest, manifest_path, read_manifest, run_ids
+from tasks.core.records import (
+    AdapterRef,
+    ArtifactRef,
+    CombinedRef,
+    DataReport,
+    DatasetRef,
+    Delta,
+    GgufRef,
+    ProofRef,
+    TrainPoint,
+)
 from tasks.core.settings import read_settings
 from tasks.core.store import Store, open_store
 
@@ -31,6 +41,7 @@ STAGE_WORDS = {
     "tokens": "Tokenising the rows",
     "before": "Scoring the base model",
     "train": "Training the adapter",
+    "combine": "Combining the adapters",
     "after": "Scoring the adapter",
     "compare": "Comparing the scores",
     "merge": "Merging the adapter",
@@ -245,6 +256,8 @@ def base_name(manifest: RunManifest) -> str:
 
 
 def method_name(manifest: RunManifest) -> str:
+    if manifest.combine:
+        return f"{len(manifest.combine.runs)} runs by {manifest.combine.method}"
     method = manifest.recipe.train.method
     names = {"lora": "LoRA", "qlora": "QLoRA", "int8": "LoRA on int8", "oft": "OFT", "full": "All weights"}
     return names.get(method, f"{method.capitalize()} tuning")
@@ -281,14 +294,15 @@ def _figure(what: str, delta: Delta) -> Figure:
 
 def progress(manifest: RunManifest) -> Progress:
     """Return how far a run is, counting the stages that have ended."""
-    status = {name: manifest.stages[name].status if name in manifest.stages else "pending" for name in STAGES}
-    ended = [name for name in STAGES if status[name] in ("computed", "reused", "skipped")]
-    at_work = [name for name in STAGES if status[name] == "running"]
-    waiting = [name for name in STAGES if status[name] == "pending"]
-    name = next(iter([*at_work, *waiting]), STAGES[-1])
+    names = manifest.stage_names
+    status = {name: manifest.stages[name].status if name in manifest.stages else "pending" for name in names}
+    ended = [name for name in names if status[name] in ("computed", "reused", "skipped")]
+    at_work = [name for name in names if status[name] == "running"]
+    waiting = [name for name in names if status[name] == "pending"]
+    name = next(iter([*at_work, *waiting]), names[-1])
     verb = "" if at_work else "Next: "
     return Progress(
-        len(ended) / len(STAGES), f"{verb}{STAGE_WORDS[name]} · stage {STAGES.index(name) + 1} of {len(STAGES)}"
+        len(ended) / len(names), f"{verb}{STAGE_WORDS[name]} · stage {names.index(name) + 1} of {len(names)}"
     )
 
 
@@ -367,7 +381,7 @@ def _margin(delta: Delta) -> str:
 
 def stage_table(manifest: RunManifest) -> pd.DataFrame:
     """Return every stage, in order, with its status and seconds; stages that a newer version added come last."""
-    names = [*STAGES, *(name for name in manifest.stages if name not in STAGES)]
+    names = dict.fromkeys([*manifest.stage_names, *manifest.stages])
     rows = []
     for name in names:
         stage = manifest.stages.get(name)
@@ -479,7 +493,11 @@ ENDS = {
 }
 
 
-def describe_training(adapter: AdapterRef) -> str:
+def describe_training(adapter: AdapterRef | CombinedRef) -> str:
+    if isinstance(adapter, CombinedRef):
+        parts = ", ".join(f"{part.share:g} of {part.run} ({part.method})" for part in adapter.parts)
+        what = f"an adapter of rank {adapter.rank}" if adapter.rank else "a whole model"
+        return f"Not trained, but made by {adapter.by} of {parts}: {what}."
     dropped = (
         f" {adapter.dropped_too_long:,} conversations were too long and dropped." if adapter.dropped_too_long else ""
     )
@@ -509,8 +527,8 @@ def ollama_state(manifest: RunManifest) -> tuple[str, str]:
 
 
 def recipe_yaml(manifest: RunManifest) -> str:
-    """Return the run's recipe with every default filled in, as YAML."""
-    text: str = yaml.safe_dump(manifest.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    """Return what decided the run's result, with every default filled in, as YAML."""
+    text: str = yaml.safe_dump(manifest.settings, sort_keys=False, allow_unicode=True, width=100)
     return text
 
 

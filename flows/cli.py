@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "Say what differs between finished runs, item by item.", output)
     compare.add_argument("first", metavar="RUN", help="the run that the others are compared with, or latest")
     compare.add_argument("others", metavar="RUN", nargs="+", help="runs scored on the same items")
+    text = "Make one adapter of several runs' adapters, and judge it as a run of its own."
+    _add_combine_options(add("combine", _combine, text, output))
     evaluate = add("eval", _eval, "Score any model on a suite, without training.", output)
     evaluate.add_argument("model", metavar="MODEL", help="a run's name, or a base: folder, GGUF file or Hub id")
     suite = "a shipped suite's name, or a YAML file (several: --suite A --suite B)"
@@ -160,6 +162,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_combine_options(combine: argparse.ArgumentParser) -> None:
+    combine.add_argument("runs", metavar="RUN", nargs="+", help="two runs or more, trained on one base")
+    text = "how much of each (default: 1 of each); below 0 takes away what a run learned: --weights=1,-0.5"
+    combine.add_argument("--weights", metavar="A,B", type=_numbers, default=[], help=text)
+    pruning = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+    names = ["cat", "linear", "svd", *pruning, *(f"{name}_svd" for name in pruning)]
+    how = combine.add_mutually_exclusive_group()
+    text = f"PEFT's: {', '.join(names)} (default: cat, the exact sum)"
+    how.add_argument("--method", metavar="NAME", choices=names, default="cat", help=text)
+    text = "merge them into the base one after the other, whatever their method"
+    how.add_argument("--sequence", action="store_const", dest="method", const="sequence", help=text)
+    text = "share of entries that ties, dare and magnitude_prune keep (default: 0.5)"
+    combine.add_argument("--density", metavar="D", type=float, help=text)
+    combine.add_argument("--rank", metavar="N", type=int, help="of what an svd method makes (default: the largest)")
+    combine.add_argument("--seed", metavar="N", type=int, default=42, help="of what dare leaves out (default: 42)")
+    text = "score on this suite in place of what the runs were scored on (several: --suite A --suite B)"
+    combine.add_argument("--suite", metavar="SUITE", action="append", default=[], dest="suites", help=text)
+    combine.add_argument("--name", metavar="NAME", help="names the run and the exported model")
+    combine.add_argument("--gate", action="store_true", help="stop before the merge unless promoted; exit 4 or 5")
+
+
 def _add_data_commands(commands: Any, *parents: argparse.ArgumentParser) -> None:
     reading = _Parser(add_help=False)
     reading.add_argument("--format", metavar="NAME", help="the rows' format, where it is not to be detected")
@@ -201,6 +224,13 @@ def _strengths(text: str) -> list[float]:
     return found
 
 
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected numbers, such as 0.7,0.3") from None
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -224,7 +254,7 @@ def _print_json(value: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from flows.plan import plan_run
-    from flows.screen import RunScreen, show_summary
+    from flows.screen import RunScreen
     from tasks.core.config import load_recipe
     from tasks.core.manifest import new_run_id
     from tasks.core.settings import read_settings
@@ -249,12 +279,41 @@ def _run(arguments: argparse.Namespace) -> int:
             gate=arguments.gate,
             run_id=run_id,
         )
+    return _show_result(arguments, manifest, store)
+
+
+def _show_result(arguments: argparse.Namespace, manifest: Any, store: Any) -> int:
+    from flows.screen import show_summary
+
     if arguments.json:
         print(manifest.model_dump_json())
     else:
         show_summary(manifest, store)
     judged = manifest.served if manifest.served and manifest.served.verdict == "reject" else manifest.report
     return GATE_CODES[judged.verdict] if arguments.gate and judged else 0
+
+
+def _combine(arguments: argparse.Namespace) -> int:
+    from flows.screen import RunScreen
+    from tasks.core.combination import read_combination
+    from tasks.core.config import load_combination
+    from tasks.core.manifest import new_run_id
+    from tasks.core.settings import read_settings
+    from tasks.core.store import check_writable, open_store
+
+    given = {name: getattr(arguments, name) for name in ("runs", "weights", "method", "density", "rank", "seed")}
+    config = load_combination(given)
+    settings = read_settings(arguments.store)
+    store = open_store(settings)
+    found = read_combination(store, config, arguments.suites, arguments.name)
+    check_writable(store)
+    run_id = new_run_id(found.recipe.name)
+    with RunScreen(run_id, enabled=not arguments.json):
+        from flows.combine import combine
+
+        suites, name, url = arguments.suites, arguments.name, settings.store_url
+        manifest = combine(found.config, suites, name=name, store=url, gate=arguments.gate, run_id=run_id)
+    return _show_result(arguments, manifest, store)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

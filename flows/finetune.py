@@ -21,11 +21,10 @@ from flows.plan import base_licence
 from flows.prepare_data import prepare_data, tokenise_data
 from flows.score_model import score_model
 from flows.train_adapter import train_adapter
-from tasks.core.config import Recipe, load_recipe
+from tasks.core.config import CombineConfig, Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
 from tasks.core.licences import check_use
 from tasks.core.manifest import (
-    STAGES,
     RunManifest,
     StageState,
     find_start,
@@ -39,6 +38,7 @@ from tasks.core.records import (
     AdapterRef,
     ArtifactRecord,
     BaseRef,
+    CombinedRef,
     FileRef,
     ForgettingReport,
     GgufRef,
@@ -117,9 +117,15 @@ def finetune(
 
 
 def judge_and_ship(
-    run: "Run", base: BaseRef, tokens: TokensRef, before: ScoreSheet, adapter: AdapterRef, gate: bool, url: str
+    run: "Run",
+    base: BaseRef,
+    tokens: TokensRef,
+    before: ScoreSheet,
+    adapter: AdapterRef | CombinedRef,
+    gate: bool,
+    url: str,
 ) -> None:
-    """Score what a run made, compare it with what was before, and ship it unless the gate closes: how every run ends.
+    """Score what a run made, compare it with what was before, and ship it unless the gate closes: every run's end.
     `tokens` are the rows that an export is proven on."""
     manifest, config = run.manifest, run.manifest.recipe
     if adapter.method in QUANTISING:
@@ -170,16 +176,17 @@ def check_served(config: Recipe, base: BaseRef, gguf: GgufRef, url: str) -> Forg
 class Run:
     """The run's manifest, rewritten in the store as its stages pass. Written by the parent flow alone."""
 
-    def __init__(self, store: Store, recipe: Recipe, run_id: str) -> None:
+    def __init__(self, store: Store, recipe: Recipe, run_id: str, combine: CombineConfig | None = None) -> None:
         self.store = store
         self.manifest = RunManifest(
             run_id=run_id,
             recipe=recipe,
+            combine=combine,
             started=datetime.now(UTC),
             flow_run_id=str(runtime.flow_run.id) if runtime.flow_run.id else None,
-            stages={name: StageState() for name in STAGES},
             environment=_environment(),
         )
+        self.manifest.stages = {name: StageState() for name in self.manifest.stage_names}
 
     @contextlib.contextmanager
     def recorded(self):  # type: ignore[no-untyped-def]

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tasks.core.config import EvalConfig
-from tasks.core.manifest import STAGES, RunManifest
+from tasks.core.manifest import RunManifest
 from tasks.core.progress import watch_progress
-from tasks.core.records import Delta, RunComparison, ScoreSheet, ShippingCurve, ShippingPoint
+from tasks.core.records import AdapterRef, Delta, RunComparison, ScoreSheet, ShippingCurve, ShippingPoint
 from tasks.core.store import Store
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ TITLES = {
     "scores": "Score the model",
     "before": "Score the base",
     "train": "Train the adapter",
+    "combine": "Combine the adapters",
     "after": "Score again",
     "compare": "Compare",
     "merge": "Merge",
@@ -127,7 +128,9 @@ def show_summary(manifest: RunManifest, store: Store) -> None:
     if manifest.status == "failed":
         console.print(Text.assemble(("✘", "red"), f" Run {manifest.run_id} failed: {manifest.error}"))
     elif manifest.status == "running":
-        stage = next((s for s in STAGES if s in manifest.stages and manifest.stages[s].status == "running"), None)
+        stage = next(
+            (s for s in manifest.stage_names if s in manifest.stages and manifest.stages[s].status == "running"), None
+        )
         console.print(f"Run {manifest.run_id} is running: {TITLES.get(stage or '', 'starting')}.")
     if manifest.report:
         console.print(delta_table(manifest.report.capabilities))
@@ -149,15 +152,17 @@ def show_summary(manifest: RunManifest, store: Store) -> None:
 
 def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
     facts = [("Note", note) for note in manifest.notes]
-    if manifest.adapter:
-        a = manifest.adapter
+    if manifest.combine:
+        facts.append(("Made", manifest.recipe.description))
+    a = manifest.adapter
+    if isinstance(a, AdapterRef):
         losses = f"{a.first_validation_loss:.2f} → {a.last_validation_loss:.2f}"
         facts.append(("Training", f"{a.method}, {a.steps} steps, {a.tokens:,} tokens, validation loss {losses}"))
         if a.dropped_too_long:
             what = "conversation" if a.dropped_too_long == 1 else "conversations"
             limit = manifest.recipe.train.max_tokens
             facts.append(("Left out", f"{a.dropped_too_long:,} {what} longer than train.max_tokens={limit}"))
-        facts += [("Note", note) for note in a.notes]
+    facts += [("Note", note) for note in (a.notes if a else [])]
     if manifest.merge_choice:
         c = manifest.merge_choice
         onto = {"quantised": "the dequantised base", "full": "the 16-bit base"}

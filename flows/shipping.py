@@ -8,7 +8,7 @@ from pydantic import Field
 from flows.score_model import score_model
 from tasks.core.errors import ForgetlessError
 from tasks.core.manifest import read_manifest
-from tasks.core.records import ScoreSheet, ShippingCurve, TrainedRef
+from tasks.core.records import CombinedRef, ScoreSheet, ShippingCurve, TrainedRef
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import open_store
 from tasks.evaluation.steps import choose_shipping
@@ -31,6 +31,8 @@ def scale_adapter(
 def judge_steps(run: str, store: str | None = None) -> ShippingCurve:
     """Return what a run's adapter changed at each step that was kept (train.snapshots), and at the end."""
     manifest = read_manifest(open_store(read_settings(store)), run)
+    if isinstance(manifest.adapter, CombinedRef):
+        raise ForgetlessError(f"Run {manifest.run_id} combines others, so it has no steps. Name one of those.")
     snapshots = manifest.adapter.snapshots if manifest.adapter else []
     if manifest.adapter and not snapshots:
         raise ForgetlessError(

@@ -107,7 +107,7 @@ with changes:
 
 with training:
     if manifest.adapter is not None:
-        curve = manifest.adapter.curve
+        curve = getattr(manifest.adapter, "curve", [])  # what is combined was not trained
         st.text(results.describe_training(manifest.adapter))
         for note in manifest.adapter.notes:
             st.info(results.escape_markdown(note))
@@ -121,7 +121,9 @@ with training:
         throughput.altair_chart(charts.throughput_chart(curve), alt="Tokens per second by optimizer step")
 
 with data:
-    if manifest.dataset is None:
+    if manifest.combine:
+        st.text("This run combines others: it reads no training data.")
+    elif manifest.dataset is None:
         st.text("No data has been read yet.")
     else:
         st.text(results.describe_rows(manifest.dataset))
@@ -129,9 +131,9 @@ with data:
             results.row_table(manifest.dataset), hide_index=True, width="content", alt="Rows by fate and reason"
         )
         st.code("\n".join(manifest.dataset.sources), language=None, wrap_lines=True)
-    if manifest.data_report is None:
+    if manifest.data_report is None and not manifest.combine:
         st.text("The data has not been checked yet.")
-    else:
+    if manifest.data_report is not None:
         st.subheader("Checks passed" if manifest.data_report.passed else "Checks failed", anchor=False)
         st.dataframe(results.check_table(manifest.data_report), hide_index=True, alt="Data checks with their severity")
     if manifest.tokens is not None:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tasks.core.errors import ConfigError
 from tasks.core.ollama import name_problem, parameter_problems
@@ -401,6 +410,23 @@ class EvalConfig(Section):
         return by_default | {c.name: c.weight for c in self.capabilities if c.weight is not None}
 
 
+Combining = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+    "sequence",
+]
+PRUNING = ("ties", "dare", "magnitude_prune")
+"""What the ways to combine that leave out entries begin with."""
+
 Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 Use = Literal["commercial", "research", "private"]
 
@@ -449,6 +475,58 @@ class ExportConfig(Section):
         if self.serve not in self.quantisations:
             raise ValueError(f"serve: {self.serve} is not among quantisations {self.quantisations}")
         return self
+
+
+class CombineConfig(Section):
+    """How the adapters of several runs become one."""
+
+    runs: list[str] = Field(description="Names of runs in the store.")
+    weights: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        [], description="How much of each run's adapter is taken, in their order; 1 of each if empty."
+    )
+    method: Combining = Field(
+        "cat",
+        description="PEFT's names: cat is the exact sum, svd its nearest of a lower rank; linear, ties, dare_linear, "
+        "dare_ties and magnitude_prune take the factors, with _svd their products. sequence merges one after the other "
+        "into the base, whatever their method.",
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="Share of entries that ties, dare and magnitude_prune keep; 0.5 if not given."
+    )
+    rank: int | None = Field(
+        None, ge=1, le=1024, description="Of what an svd method makes; the largest of the runs' if not given."
+    )
+    seed: int = Field(42, ge=0, description="Of the entries that dare leaves out.")
+
+    @field_validator("runs")
+    @classmethod
+    def _several(cls, runs: list[str]) -> list[str]:
+        if len(runs) < 2 or len(set(runs)) < len(runs):
+            raise ValueError("expected two runs or more, each once (forgetless strength RUN scales the adapter of one)")
+        return runs
+
+    @field_validator("weights")
+    @classmethod
+    def _one_each(cls, weights: list[float], info: ValidationInfo) -> list[float]:
+        runs = info.data.get("runs", [])
+        if weights and runs and (len(weights) != len(runs) or 0 in weights):
+            raise ValueError(f"expected one for each of {len(runs)} runs, none of them 0")
+        return weights
+
+    @field_validator("density", "rank")
+    @classmethod
+    def _fits_the_method(cls, value: float | None, info: ValidationInfo) -> float | None:
+        method = info.data.get("method", "")
+        if value is not None and info.field_name == "density" and not method.startswith(PRUNING):
+            raise ValueError(f"method {method} keeps every entry; only ties, dare and magnitude_prune have a density")
+        if value is not None and info.field_name == "rank" and not method.endswith("svd"):
+            raise ValueError(f"method {method} has the rank of its parts; only svd methods choose one")
+        return value
+
+    @property
+    def kept_share(self) -> float | None:
+        """The share of entries that is kept; None where the method keeps all."""
+        return (self.density or 0.5) if self.method.startswith(PRUNING) else None
 
 
 class Recipe(Section):
@@ -510,6 +588,19 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str
     return _validated(Recipe, raw, problems, path.name)
 
 
+def load_combination(given: dict[str, Any]) -> CombineConfig:
+    """Return how runs are to be combined. Raises ConfigError with every problem found."""
+    return _validated(CombineConfig, given, [], "combine")
+
+
+def combined_recipe(first: Recipe, name: str, description: str, evaluation: EvalConfig) -> Recipe:
+    """Return the recipe of a run that combines others: the first one's, with what it ships left to the new run. Raises
+    ConfigError."""
+    export = first.export.model_dump() | {"strength": 1.0, "step": None, "ollama_name": None}
+    given = {"name": name, "description": description, "eval": evaluation.model_dump(), "export": export}
+    return _validated(Recipe, first.model_dump() | given, [], "combine")
+
+
 def load_suites(names: list[str], overrides: list[str] | None = None) -> EvalConfig:
     """Return what several suites measure together, with `eval.key=value` overrides. Raises ConfigError."""
     raw: dict[str, Any] = {"eval": {"suites": names}}
@@ -517,6 +608,32 @@ def load_suites(names: list[str], overrides: list[str] | None = None) -> EvalCon
     _make_paths_absolute(raw, Path.cwd())
     problems += _expand_suites(raw["eval"])
     return _validated(EvalConfig, raw["eval"], problems, "suite")
+
+
+def join_evaluations(evaluations: dict[str, EvalConfig]) -> EvalConfig:
+    """Return what several runs, by name, measure together: the first's settings and primary target, and the others'
+    capabilities beside its own. Raises ConfigError where two mean different things by one name."""
+    first = next(iter(evaluations.values()))
+    joined: list[tuple[str, CapabilityConfig]] = []
+    problems = []
+    for run, evaluation in evaluations.items():
+        for capability in evaluation.capabilities:
+            more = capability.model_copy(update={"primary": False})
+            tasks = {t.name for t in more.tasks}
+            same = [(r, c) for r, c in joined if c.name == more.name or tasks & {t.name for t in c.tasks}]
+            if not same:
+                joined.append((run, capability if evaluation is first else more))
+            elif same[0][1].model_copy(update={"primary": False}) != more:
+                problems.append(
+                    f"The runs {same[0][0]} and {run} measure {more.name} differently. Say what counts with a suite, "
+                    "--suite FILE: the capabilities of both, under names of their own."
+                )
+    if problems:
+        raise ConfigError(problems)
+    raw = first.model_dump() | {"capabilities": [c.model_dump() for _, c in joined]}
+    raw["task_folders"] = list(dict.fromkeys(f for e in evaluations.values() for f in e.task_folders))
+    raw["builtin_tasks"] = any(e.builtin_tasks for e in evaluations.values())
+    return _validated(EvalConfig, raw, [], "the runs' eval")
 
 
 def local_model(base: str) -> ModelConfig:

@@ -9,15 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.core.config import ExportConfig, Recipe, TrainConfig
+from tasks.core.config import CombineConfig, ExportConfig, Recipe, TrainConfig
 from tasks.core.digest import canonical_json, content_digest, file_sha256
 from tasks.core.errors import ConfigError, ForgetlessError, StoreError
 from tasks.core.records import (
     AdapterRef,
     ArtifactRef,
     BaseRef,
+    CombinedRef,
     DataReport,
     DatasetRef,
     ForgettingReport,
@@ -41,6 +42,7 @@ STAGES = (
     *("dataset", "validate", "base", "tokens", "before", "train", "after"),
     *("compare", "merge", "gguf", "proof", "ollama", "publish"),
 )
+COMBINED_STAGES = ("base", "before", "combine", *STAGES[STAGES.index("after") :])
 # Each entry turns a manifest of version N (a plain dict) into one of version N + 1.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
@@ -60,6 +62,8 @@ class RunManifest(BaseModel):
     version: int = VERSION
     run_id: str
     recipe: Recipe
+    combine: CombineConfig | None = None
+    """Where the run combines others in place of training; data and train of its recipe are then the first one's."""
     status: Literal["running", "completed", "failed"] = "running"
     started: datetime
     finished: datetime | None = None
@@ -71,7 +75,7 @@ class RunManifest(BaseModel):
     data_report: DataReport | None = None
     tokens: TokensRef | None = None
     before: ScoreSheet | None = None
-    adapter: AdapterRef | None = None
+    adapter: AdapterRef | CombinedRef | None = Field(None, union_mode="left_to_right")
     after: ScoreSheet | None = None
     report: ForgettingReport | None = None
     merged: ModelRef | None = None
@@ -88,6 +92,18 @@ class RunManifest(BaseModel):
     """What a reader of the run should know that belongs to no stage: uses that a licence does not allow."""
     environment: dict[str, str] = {}
     """Library versions, Python, machine: recorded, never part of a key."""
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        return COMBINED_STAGES if self.combine else STAGES
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the run's result: its recipe, with what it combines in the place of data and training."""
+        if self.combine is None:
+            return self.recipe.model_dump(mode="json")
+        recipe = self.recipe.model_dump(mode="json", exclude={"data", "train"})
+        return {**recipe, "combine": self.combine.model_dump(mode="json")}
 
     @property
     def seconds(self) -> float | None:
@@ -158,8 +174,8 @@ def find_start(store: Store, train: TrainConfig, base: BaseRef | None, bring: bo
             )
         if base and run.base and run.base.artifact.content != base.artifact.content:
             raise ConfigError(
-                f"train.start_from: run {train.start_from} trained {_called(run.base)}, and the base here is "
-                f"{_called(base)}. An adapter fits no other base."
+                f"train.start_from: run {train.start_from} trained {called(run.base)}, and the base here is "
+                f"{called(base)}. An adapter fits no other base."
             )
         return adapter.model_copy(update={"strength": 1.0, "step": None})  # training goes on from all of it
     settings = "config.json" if train.method == "full" else "adapter_config.json"
@@ -172,7 +188,7 @@ def find_start(store: Store, train: TrainConfig, base: BaseRef | None, bring: bo
     is_id = all(re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) for name in (made_for, base.source if base else None))
     if base and is_id and made_for != base.source:
         raise ConfigError(
-            f"train.start_from {folder}: it was made for {made_for}, and the base here is {_called(base)}. An adapter "
+            f"train.start_from {folder}: it was made for {made_for}, and the base here is {called(base)}. An adapter "
             "fits no other base."
         )
     files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
@@ -194,7 +210,8 @@ def shipped_part(adapter: AdapterRef, export: ExportConfig) -> AdapterRef:
     return adapter.model_copy(update={"strength": export.strength, "step": export.step})
 
 
-def _called(base: BaseRef) -> str:
+def called(base: BaseRef) -> str:
+    """Return a base's name with its revision."""
     return base.source + (f" at {base.revision}" if base.revision else "")
 
 

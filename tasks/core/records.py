@@ -206,9 +206,22 @@ class TrainedRef(ArtifactRecord):
         """The method as which its weights are loaded and merged."""
         return "lora" if self.onto == "full" and self.method in QUANTISING else self.method
 
+    notes: list[str] = []
+    """What a reader of the run should know: memory that ran out, a resumption, overfitting."""
+
     def folder(self, root: Path) -> Path:
         """Return where its files are below the artifact's folder."""
         return root / SNAPSHOTS / f"{self.step:06}" if self.step is not None else root
+
+    @property
+    def unmerged(self) -> str | None:
+        """Why the adapter ships as it is, or None where it is merged into its base."""
+        if self.method not in ("prefix", "prompt"):
+            return None
+        return (
+            f"the virtual tokens of method {self.method} cannot be merged into weights: load the base with PEFT and "
+            "the adapter from the store, or train with lora for a merged model"
+        )
 
 
 class AdapterRef(TrainedRef):
@@ -229,18 +242,26 @@ class AdapterRef(TrainedRef):
     """Step from which the rows were learned by heart."""
     snapshots: list[int] = []
     """Steps whose adapter was kept too (train.snapshots)."""
-    notes: list[str] = []
-    """What a reader of the run should know: memory that ran out, a resumption, overfitting."""
+
+
+class CombinedPart(TrainedRef):
+    """What a run brings to a combination: `weight` times its adapter as the run ships it."""
+
+    run: str
+    weight: float
 
     @property
-    def unmerged(self) -> str | None:
-        """Why the adapter ships as it is, or None where it is merged into its base."""
-        if self.method not in ("prefix", "prompt"):
-            return None
-        return (
-            f"the virtual tokens of method {self.method} cannot be merged into weights: load the base with PEFT and "
-            "the adapter from the store, or train with lora for a merged model"
-        )
+    def share(self) -> float:
+        return self.weight * self.strength
+
+
+class CombinedRef(TrainedRef):
+    """Several runs' adapters as one; merged in sequence it is a whole model, as method full has it."""
+
+    by: str
+    parts: list[CombinedPart]
+    rank: int | None = None
+    """Of the adapter; None for a whole model."""
 
 
 class Delta(Record):

@@ -8,12 +8,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tasks.core.config import DataConfig, EvalConfig, ExportConfig, ModelConfig, ReplayConfig, TrainConfig
+from tasks.core.config import (
+    CombineConfig,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    ReplayConfig,
+    TrainConfig,
+)
 from tasks.core.digest import file_sha256, stage_key
 from tasks.core.hardware import device_class, resolve_dtype
 from tasks.core.records import (
-    AdapterRef,
     BaseRef,
+    CombinedPart,
     DatasetRef,
     FileRef,
     GgufRef,
@@ -146,6 +154,16 @@ def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: 
     return Stage("adapter", 4, [base.artifact.content, tokens.digest, *begun, *more], section)
 
 
+def combined_stage(config: CombineConfig, base: BaseRef, parts: list[CombinedPart]) -> Stage:
+    section = {
+        **config.model_dump(mode="json", include={"method", "rank", "seed"}),
+        "density": config.kept_share,
+        "parts": [{"method": part.method, "share": part.share, "step": part.step} for part in parts],
+        "dtype": resolve_dtype("auto") if config.method == "sequence" else None,
+    }
+    return Stage("combined", 1, [base.artifact.content, *(part.artifact.content for part in parts)], section)
+
+
 def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet) -> Stage:
     return Stage("comparison", 1, [before.artifact.content, after.artifact.content], _judged(config))
 
@@ -168,7 +186,7 @@ def merge_choice_stage(base: BaseRef, adapter: TrainedRef, tokens: TokensRef) ->
     return Stage("merge-choice", 1, [base.artifact.content, adapter.artifact.content, tokens.digest], section)
 
 
-def merged_stage(base: BaseRef, adapter: AdapterRef) -> Stage:
+def merged_stage(base: BaseRef, adapter: TrainedRef) -> Stage:
     section: dict[str, Any] = {"method": adapter.method, "template": base.template, "dtype": resolve_dtype("auto")}
     section |= _part(adapter)
     return Stage("merged", 1, [base.artifact.content, adapter.artifact.content], section)

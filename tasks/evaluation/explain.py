@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from tasks.core.config import LOWER_IS_BETTER, CapabilityConfig, EvalConfig, Recipe, TaskConfig, TrainConfig
 from tasks.core.errors import ComparisonError
 from tasks.core.manifest import RunManifest
-from tasks.core.records import AdapterRef, Delta, ForgettingReport, ItemScore, Record
+from tasks.core.records import AdapterRef, CombinedRef, Delta, ForgettingReport, ItemScore, Record
 from tasks.core.store import Store
 from tasks.evaluation.forgetting import Pairs, describe, measure_change, pair_items, plain_status, read_items
 
@@ -82,7 +82,7 @@ def explain(
     before: Sequence[ItemScore],
     after: Sequence[ItemScore],
     report: ForgettingReport | dict[str, Any],
-    adapter: AdapterRef | None,
+    adapter: AdapterRef | CombinedRef | None,
 ) -> Explanation:
     """Return what moved between two scorings of the same items and what to do about it, given the report on them (or
     its fields). Deterministic. Raises ComparisonError if the items are not the same; items without the measure of
@@ -213,8 +213,14 @@ class _Rule(NamedTuple):
     why: str
 
 
-def _advise(recipe: Recipe, deltas: list[Delta], verdict: str, adapter: AdapterRef | None) -> list[Advice]:
+def _advise(
+    recipe: Recipe, deltas: list[Delta], verdict: str, adapter: AdapterRef | CombinedRef | None
+) -> list[Advice]:
     forgot = [d for d in deltas if d.status == "forgot"]
+    if isinstance(adapter, CombinedRef):
+        weak = [d for d in deltas if d.role == "target" and d.status in ("lost", "unclear")]
+        few = _on_few_items(recipe.eval, [d for d in deltas if d.status == "inconclusive" or d in weak])
+        return _in_order([*_on_combination(adapter, forgot, weak), *few, *_on_chance(deltas)])
     weak = [d for d in deltas if d.role == "target" and (d.status == "lost" or (d.primary and d.status == "unclear"))]
     rules = [
         *(_on_validation(recipe.train, adapter) if adapter and (forgot or weak) else ()),
@@ -227,10 +233,33 @@ def _advise(recipe: Recipe, deltas: list[Delta], verdict: str, adapter: AdapterR
         *_on_chance(deltas),
         *(_on_budgets(deltas) if verdict == "promote" else ()),
     ]
+    return _in_order(rules)
+
+
+def _in_order(rules: list[_Rule]) -> list[Advice]:
     first: dict[str, _Rule] = {}
     for rule in sorted(rules, key=lambda r: r.rank):  # stable: of equal rank as they stand above
         first.setdefault(rule.key, rule)
     return [Advice(what=rule.what, why=rule.why) for rule in first.values()]
+
+
+def _on_combination(combined: CombinedRef, forgot: list[Delta], weak: list[Delta]) -> Iterator[_Rule]:
+    """Yield what to do with the weights and the method of a combination: nothing was trained."""
+    if combined.by == "linear" and (forgot or weak):
+        why = f"{_all_told([*forgot, *weak])}, and linear also multiplies factors of different adapters: cat does not."
+        yield _Rule(1, "method", "Combine again with --method cat.", why)
+    if forgot:
+        what = "Run `forgetless strength RUN`, and combine again with every weight times its best."
+        yield _Rule(
+            2, "weights", what, f"{_all_told(forgot)}: smaller weights forget less, and training is not needed."
+        )
+    for d in weak:
+        what = f"Combine again with a larger weight for the run that taught {d.name}."
+        yield _Rule(2, f"weight {d.name}", what, f"{_told(d)} with the weights {_weights(combined)}.")
+
+
+def _weights(combined: CombinedRef) -> str:
+    return ", ".join(f"{part.weight:g} of {part.run}" for part in combined.parts)
 
 
 def _on_validation(train: TrainConfig, adapter: AdapterRef) -> Iterator[_Rule]:

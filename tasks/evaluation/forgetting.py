@@ -24,6 +24,7 @@ from tasks.core.store import Store
 
 Pairs = list[tuple[ItemScore, ItemScore]]
 ITEMS = "items.jsonl"
+UNCOMPARED = ("name", "description")
 
 
 def compare_scores(
@@ -91,24 +92,37 @@ def compare_scores(
 
 
 def compare_runs(store: Store, first: RunManifest, second: RunManifest) -> RunComparison:
-    """Return what a run's adapter does better or worse than that of `first`, on the items both were scored on. Raises
-    ComparisonError where they were not scored on the same."""
+    """Return what a run's adapter does better or worse than that of `first`, in the capabilities of `first` whose tasks
+    both were scored on. Raises ComparisonError where there are none, or their items are not the same."""
     for run in (first, second):
         if run.after is None:
             raise ComparisonError(f"Run {run.run_id} was not scored after its training: it is {run.status}.")
     assert first.after and second.after
-    sheets = [(sheet, read_items(store, sheet)) for sheet in (first.after, second.after)]
+    scored = {score.task for score in second.after.tasks}
+    shared = [c for c in first.recipe.eval.capabilities if {t.name for t in c.tasks} <= scored]
+    if not shared:
+        raise ComparisonError(f"{second.run_id} against {first.run_id}: they have no capability with the same tasks.")
+    evaluation = first.recipe.eval.model_copy(update={"capabilities": shared})
+    names = {t.name for c in shared for t in c.tasks}
+    sheets = [_only(names, sheet, read_items(store, sheet)) for sheet in (first.after, second.after)]
     try:
-        fields = compare_scores(first.recipe.eval, *sheets[0], *sheets[1])
+        fields = compare_scores(evaluation, *sheets[0], *sheets[1])
     except ComparisonError as error:
         raise ComparisonError(f"{second.run_id} against {first.run_id}: {error}") from None
-    settings = [_flat(run.recipe.model_dump(mode="json", exclude={"name", "description"})) for run in (first, second)]
+    settings = [_flat({k: v for k, v in run.settings.items() if k not in UNCOMPARED}) for run in (first, second)]
     changed = {
         key: (settings[0].get(key), settings[1].get(key))
         for key in sorted({*settings[0], *settings[1]})
         if settings[0].get(key) != settings[1].get(key)
     }
     return RunComparison(first=first.run_id, second=second.run_id, changed=changed, **fields)
+
+
+def _only(names: set[str], sheet: ScoreSheet, items: list[ItemScore]) -> tuple[ScoreSheet, list[ItemScore]]:
+    """Return the scores and items of these tasks alone, in the order of their names."""
+    kept = [score for score in sheet.tasks if score.task in names]
+    chosen = sorted((item for item in items if item.task in names), key=lambda item: item.task)
+    return sheet.model_copy(update={"tasks": kept}), chosen
 
 
 def read_items(store: Store, sheet: ScoreSheet) -> list[ItemScore]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import ConfigError, ExportError
-from tasks.core.records import AdapterRef, BaseRef, GgufRef
+from tasks.core.records import BaseRef, GgufRef, TrainedRef
 
 SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py", ".gguf"}
 """What goes up, beside a Modelfile. Pickles (.bin, .pt, .pth, .ckpt, .pkl) are none of them."""
@@ -90,7 +90,7 @@ def place_adapter(
     target: Path,
     base: BaseRef,
     base_folder: Path,
-    adapter: AdapterRef,
+    adapter: TrainedRef,
     trust_remote_code: bool,
     place: Place,
 ) -> None:

@@ -13,7 +13,6 @@ from tasks.core.errors import ExportError
 from tasks.core.hardware import resolve_dtype
 from tasks.core.progress import report_progress
 from tasks.core.records import (
-    AdapterRef,
     BaseRef,
     FileRef,
     GgufRef,
@@ -65,7 +64,7 @@ def choose_merge(
 
 
 @task(name="merge-adapter", **STAGE_OPTIONS)
-def merge_adapter(model: ModelConfig, base: BaseRef, adapter: AdapterRef, store_url: str) -> ModelRef:
+def merge_adapter(model: ModelConfig, base: BaseRef, adapter: TrainedRef, store_url: str) -> ModelRef:
     """Return the merged model: the very weights that were scored, as safetensors. Raises ExportError where the method's
     adapters cannot be merged."""
     if adapter.unmerged:

@@ -140,10 +140,15 @@ def load_shipped(
         tuned: Any = VirtualTokens(model, settings)
         tuned.load_adapter(str(adapter), "default")
     else:
-        tuned = PeftModel.from_pretrained(model, str(adapter))
-        untie_embeddings(tuned)
-        tuned = tuned.merge_and_unload(safe_merge=True)
+        tuned = merge_adapter(model, adapter)
     return tuned.eval().to(device)
+
+
+def merge_adapter(model: Any, adapter: Path) -> Any:
+    """Return the model with an adapter merged into its weights, which change in place."""
+    tuned = PeftModel.from_pretrained(model, str(adapter))
+    untie_embeddings(tuned)
+    return tuned.merge_and_unload(safe_merge=True)
 
 
 def untie_embeddings(model: Any) -> None:

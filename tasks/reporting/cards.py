@@ -7,7 +7,7 @@ import re
 
 from tasks.core.config import TrainConfig
 from tasks.core.manifest import RunManifest
-from tasks.core.records import Delta
+from tasks.core.records import CombinedRef, Delta
 
 SYMBOLS = {"promote": "✔ promote", "reject": "✘ reject", "inconclusive": "? inconclusive"}
 
@@ -76,6 +76,9 @@ def row_facts(manifest: RunManifest) -> list[tuple[str, str]]:
 def training_facts(manifest: RunManifest) -> list[tuple[str, str]]:
     """Return the method, its size and what training came to."""
     a, t = manifest.adapter, manifest.recipe.train
+    if isinstance(a, CombinedRef):
+        parts = [(f"Run {part.run}", f"weight {part.share:g}, {part.method}") for part in a.parts]
+        return [*parts, ("Combined by", a.by + (f", rank {a.rank}" if a.rank else " into a whole model"))]
     if a is None:
         return []
     done = f"{a.steps} steps, {a.supervised_tokens:,} supervised tokens, {a.seconds:.0f} s, {a.dtype}, seed {t.seed}"

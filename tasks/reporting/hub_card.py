@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tasks.core.licences import derive_licence, find_licence
 from tasks.core.manifest import RunManifest
-from tasks.core.records import Delta, LicenceRef, PushKind
+from tasks.core.records import CombinedRef, Delta, LicenceRef, PushKind
 from tasks.reporting.cards import delta_cells, escape, fact_table, row_facts, training_facts, verdict_part
 
 RELATIONS: dict[PushKind, str] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
@@ -143,7 +143,8 @@ def _base_code(manifest: RunManifest, trust: str) -> tuple[list[str], list[str]]
     assert manifest.base and manifest.adapter
     source, revision = manifest.base.source, manifest.base.revision
     bits = {"qlora": "4", "int8": "8"}.get(manifest.adapter.method)
-    dtype = f"torch.{manifest.adapter.dtype}"
+    made = manifest.merged if isinstance(manifest.adapter, CombinedRef) else manifest.adapter
+    dtype = f"torch.{made.dtype if made else 'bfloat16'}"
     imports, lines, options = [], [], [f"dtype={dtype}"]
     if revision:
         options = [f'"{source}"', f'revision="{revision}"', *options]

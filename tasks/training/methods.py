@@ -390,21 +390,30 @@ def save_trained(model: Any, config: TrainConfig, base: Path, out: Path) -> None
     the base (pissa, olora) is written as a plain LoRA of twice the rank for the base as it was."""
     out.mkdir(parents=True, exist_ok=True)
     if config.method == "full":
-        dtype = pick_dtype(config.dtype)
-        shared: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
-        for weight in model.state_dict().values():
-            shared.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
-        state = {name: shared[weight.data_ptr()] for name, weight in model.state_dict().items()}
-        model.save_pretrained(out, state_dict=state)
-        found = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype_name(dtype)}
-        (out / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True), encoding="utf-8")
-        for file in sorted({f for pattern in TOKENIZER_FILES for f in base.glob(pattern) if f.is_file()}):
-            shutil.copyfile(file, out / file.name)
+        write_whole(model, pick_dtype(config.dtype), base, out)
         return
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     settings = model.peft_config["default"].to_dict()
     if began_with := getattr(model, "began_with", None):
         weights, settings = _as_plain_lora(model, weights, began_with, settings)
+    write_adapter(weights, settings, out)
+
+
+def write_whole(model: Any, dtype: torch.dtype, base: Path, out: Path) -> None:
+    """Write a model's weights in `dtype`, its config and its base's tokenizer to `out`."""
+    shared: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    for weight in model.state_dict().values():
+        shared.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
+    state = {name: shared[weight.data_ptr()] for name, weight in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+    found = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype_name(dtype)}
+    (out / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True), encoding="utf-8")
+    for file in sorted({f for pattern in TOKENIZER_FILES for f in base.glob(pattern) if f.is_file()}):
+        shutil.copyfile(file, out / file.name)
+
+
+def write_adapter(weights: dict[str, torch.Tensor], settings: dict[str, Any], out: Path) -> None:
+    """Write an adapter's weights and settings to `out` as PEFT reads them."""
     settings |= {"base_model_name_or_path": None, "inference_mode": True}
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     (out / SETTINGS).write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")

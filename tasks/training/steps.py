@@ -8,12 +8,13 @@ from typing import Any
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from tasks.core.config import ModelConfig, TrainConfig
+from tasks.core.config import CombineConfig, ModelConfig, TrainConfig
+from tasks.core.hardware import resolve_dtype
 from tasks.core.manifest import LiveCurve
 from tasks.core.progress import report_progress
-from tasks.core.records import AdapterRef, BaseRef, TokensRef, TrainedRef, TrainPoint
+from tasks.core.records import AdapterRef, BaseRef, CombinedPart, CombinedRef, TokensRef, TrainedRef, TrainPoint
 from tasks.core.settings import read_settings
-from tasks.core.stages import adapter_stage
+from tasks.core.stages import adapter_stage, combined_stage
 from tasks.core.store import open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
@@ -77,3 +78,33 @@ def train_adapter(
     record = stored(store, stage, AdapterRef, make)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return record
+
+
+@task(name="combine-adapters", **STAGE_OPTIONS)
+def combine_adapters(
+    model: ModelConfig, config: CombineConfig, base: BaseRef, parts: list[CombinedPart], store_url: str
+) -> CombinedRef:
+    """Return what the runs' adapters become together: an adapter, or in sequence a whole model."""
+    store = open_store(read_settings(store_url))
+    in_sequence = config.method == "sequence"
+
+    def make(folder: Path) -> dict[str, Any]:
+        from tasks.models.base import open_base
+        from tasks.models.load import free_memory, pick_dtype
+        from tasks.training import combine
+
+        where, trust = open_base(store, base, model), model.trust_remote_code
+        shares = [(part.folder(store.local_folder(part.artifact)), part.share) for part in parts]
+        report_progress("combine", 0, 0, f"{len(parts)} adapters")
+        rank = None
+        if in_sequence:
+            combine.merge_in_sequence(where, shares, parts[0].method, pick_dtype(resolve_dtype("auto")), folder, trust)
+        else:
+            rank = combine.combine_adapters(where, shares, config, folder, trust)
+        free_memory()
+        method = "full" if in_sequence else parts[0].method
+        made = {"method": method, "by": config.method, "rank": rank}
+        return {**made, "parts": [part.model_dump() for part in parts]}
+
+    combined = stored(store, combined_stage(config, base, parts), CombinedRef, make)
+    return combined.model_copy(update={"parts": parts})  # other runs may have the same adapters

@@ -5,13 +5,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tasks.core.config import Recipe
+from tasks.core.config import CombineConfig, Recipe
 from tasks.core.manifest import STAGES, RunManifest, StageState, write_manifest
 from tasks.core.records import (
     AdapterRef,
     ArtifactRef,
     BaseRef,
     Check,
+    CombinedPart,
+    CombinedRef,
     DataReport,
     DatasetRef,
     Delta,
@@ -33,6 +35,7 @@ REJECTED = "wrecked-20261120-213000-000"
 INCONCLUSIVE = "short-eval-20261120-220000-000"
 FAILED = "hub-data-20261120-223000-000"
 RUNNING = "rank8-20261120-230000-000"
+COMBINED = "mixed-20261121-000000-000"
 CORRUPT = "damaged-20261120-233000-000"
 NEWEST_FIRST = [CORRUPT, RUNNING, FAILED, INCONCLUSIVE, REJECTED, PROMOTED]
 
@@ -340,6 +343,29 @@ def failed() -> RunManifest:
         error=f"data.jsonl:7: a conversation must end with the assistant, found {HOSTILE!r}.\nFix the row.",
         stages=stages(0, "failed"),
     )
+
+
+def combined() -> RunManifest:
+    """Return a run that combines the promoted and the rejected one."""
+    whole = promoted()
+    parts = [
+        CombinedPart(artifact=artifact("adapter"), method="qlora", run=run, weight=weight)
+        for run, weight in ((PROMOTED, 0.7), (REJECTED, 0.3))
+    ]
+    fields = {
+        "run_id": COMBINED,
+        "recipe": whole.recipe.model_copy(update={"name": "mixed", "description": "Combined by ties: both."}),
+        "combine": CombineConfig(runs=[PROMOTED, REJECTED], weights=[0.7, 0.3], method="ties"),
+        "adapter": CombinedRef(
+            artifact=artifact("combined"), method="qlora", by="ties", parts=parts, rank=16, notes=["One counts twice."]
+        ),
+        "dataset": None,
+        "data_report": None,
+        "tokens": None,
+    }
+    made = whole.model_copy(update=fields)
+    made.stages = {name: StageState(status="computed", seconds=1.0) for name in made.stage_names}
+    return made
 
 
 def running() -> RunManifest:

@@ -280,3 +280,20 @@ def test_what_a_licence_does_not_allow_is_shown_as_text(show: Show, tmp_path: Pa
     at = show(made.PROMOTED)
     assert at.info[0].value.replace("\\", "") == whole.notes[0]
     assert made.HOSTILE not in [box.value for box in at.info]
+
+
+def test_a_combined_run_names_its_parts_and_shows_no_training(show: Show, tmp_path: Path) -> None:
+    write_manifest(FileStore(tmp_path), made.combined())
+    text = words(show(made.COMBINED))
+    assert (
+        f"made by ties of 0.7 of {made.PROMOTED} (qlora), 0.3 of {made.REJECTED} (qlora): an adapter of rank 16."
+        in text
+    )
+    assert "One counts twice." in text
+    assert "This run combines others: it reads no training data." in text
+    assert "has not been checked yet" not in text
+    assert "combine,✓ computed" in text
+    assert "dataset" not in text
+    assert "method: ties" in text
+    assert "learning_rate" not in text, "the first run's training is not this one's"
+    assert "2 runs by ties" in words(show())

@@ -7,7 +7,16 @@ import pytest
 
 from tasks.core.config import Recipe
 from tasks.core.errors import ComparisonError
-from tasks.core.records import AdapterRef, ArtifactRef, Delta, ForgettingReport, ItemScore, TrainPoint
+from tasks.core.records import (
+    AdapterRef,
+    ArtifactRef,
+    CombinedPart,
+    CombinedRef,
+    Delta,
+    ForgettingReport,
+    ItemScore,
+    TrainPoint,
+)
 from tasks.evaluation.explain import Explanation, explain
 
 ARTIFACT = ArtifactRef(kind="x", key="k", uri="file:///x", content="c", size_bytes=1)
@@ -156,6 +165,24 @@ def test_size_is_the_last_resort_and_keeps_the_scale() -> None:
     assert "(1,234 weights)" in said[-2][1]
     assert said[-1][0].startswith("Set train.target_modules=[q_proj, k_proj, v_proj, o_proj]")
     assert "rank" not in whats(recipe(), GAINED, FORGOT)
+
+
+def combined(by: str) -> CombinedRef:
+    parts = [CombinedPart(artifact=ARTIFACT, method="lora", run=run, weight=1) for run in ("a", "b")]
+    return CombinedRef(artifact=ARTIFACT, method="lora", by=by, parts=parts)
+
+
+def test_a_combination_is_advised_on_its_weights_and_never_on_training() -> None:
+    hot = recipe({"learning_rate": 9e-3, "rank": 64, "target_modules": "all-linear"})
+    weak = delta("chat", "unclear", -0.5)
+    first, second, third = advise(hot, weak, FORGOT, adapter=combined("linear"))
+    assert first[0] == "Combine again with --method cat."
+    assert "linear also multiplies factors of different adapters" in first[1]
+    assert second[0] == "Run `forgetless strength RUN`, and combine again with every weight times its best."
+    assert third[0] == "Combine again with a larger weight for the run that taught chat."
+    assert third[1].endswith("with the weights 1 of a, 1 of b.")
+    assert len(advise(hot, weak, FORGOT, adapter=combined("cat"))) == 2
+    assert advise(hot, GAINED, adapter=combined("linear"), verdict="promote") == []
 
 
 def test_full_training_is_told_of_lora_and_virtual_tokens_not_of_strength() -> None:

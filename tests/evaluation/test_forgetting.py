@@ -1,18 +1,20 @@
 """Deltas and verdicts from score sheets; sheets that must not be compared are refused."""
 
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tasks.core.config import EvalConfig
+from tasks.core.config import EvalConfig, Recipe
 from tasks.core.errors import ComparisonError
+from tasks.core.manifest import RunManifest
 from tasks.core.records import ArtifactRef, ItemScore, ScoreSheet
 from tasks.core.stages import Stage
-from tasks.core.store import FileStore, stored
-from tasks.evaluation.forgetting import ITEMS, compare_scores, read_items
+from tasks.core.store import FileStore, put_artifact, stored
+from tasks.evaluation.forgetting import ITEMS, compare_runs, compare_scores, read_items
 from tasks.evaluation.harness import summarise
 
 ARTIFACT = ArtifactRef(kind="scores", key="k", uri="file:///x", content="c", size_bytes=1)
@@ -121,6 +123,32 @@ def test_other_items_prompts_settings_or_versions_are_refused() -> None:
     )
     with pytest.raises(ComparisonError, match="version 1 before and 2 after"):
         compare_scores(CONFIG, sheet(items), items, newer, items)
+
+
+def test_runs_are_compared_in_the_capabilities_whose_tasks_both_have(store: FileStore) -> None:
+    def run(name: str, items: list[ItemScore], capabilities: list[dict[str, Any]]) -> RunManifest:
+        with store.work_folder() as folder:
+            (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items))
+            fields = sheet(items).model_dump(exclude={"artifact"})
+            after = put_artifact(store, Stage("scores", 1, [name], {}), folder, ScoreSheet, fields)
+        recipe = {"name": name, "model": {"base": "owner/base"}, "data": {"sources": ["rows.jsonl"]}}
+        recipe = Recipe.model_validate({**recipe, "eval": {"capabilities": capabilities}})
+        return RunManifest(run_id=name, recipe=recipe, started=datetime(2026, 11, 20, tzinfo=UTC), after=after)
+
+    chat, english = (c.model_dump() for c in CONFIG.capabilities)
+    both = run("both", text_items(NLL) + choice_items(RIGHT), [chat, english])
+    other = run("other", choice_items(RIGHT[::-1]) + text_items([v * 0.9 for v in NLL]), [chat, english])
+    assert [d.name for d in compare_runs(store, both, other).capabilities] == ["chat", "english"], "in whatever order"
+    wider = other.model_copy(
+        update={"recipe": run("w", choice_items(RIGHT), [chat, {**english, "tasks": ["en", "x"]}]).recipe}
+    )
+    assert [d.name for d in compare_runs(store, wider, both).capabilities] == ["chat"], "x was not scored"
+    alone = run("alone", text_items([v * 0.7 for v in NLL]), [chat])
+    found = compare_runs(store, both, alone)
+    assert [(d.name, round(d.delta)) for d in found.capabilities] == [("chat", 30)]
+    assert [d.name for d in compare_runs(store, alone, both).capabilities] == ["chat"]
+    with pytest.raises(ComparisonError, match="alone against words: they have no capability with the same tasks"):
+        compare_runs(store, run("words", choice_items(RIGHT), [{**english, "role": "target", "budget": None}]), alone)
 
 
 def test_a_measure_that_a_task_does_not_give_is_said() -> None:

@@ -1,5 +1,6 @@
 """`prefect deploy --all` and `prefect deployment run` on a real server with a real process worker."""
 
+import json
 import os
 import socket
 import subprocess
@@ -64,7 +65,8 @@ def test_a_deployed_run_goes_through_a_worker(recipe: Path, tmp_path: Path) -> N
             except httpx.HTTPError:
                 time.sleep(1)
         prefect("work-pool", "create", "cpu", "--type", "process")
-        assert "finetune/cpu" in prefect("deploy", "--all")
+        deployed = prefect("deploy", "--all")
+        assert "finetune/cpu" in deployed and "combine/cpu" in deployed
         worker = subprocess.Popen(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "cpu"],
             env=environment,
@@ -77,6 +79,16 @@ def test_a_deployed_run_goes_through_a_worker(recipe: Path, tmp_path: Path) -> N
         assert manifest.status == "completed"
         assert manifest.report.verdict in {"promote", "reject", "inconclusive"}
         assert manifest.flow_run_id
+        again = ["-p", f"recipe={recipe}", "-p", 'overrides=["train.rank=2", "train.seed=7"]']
+        prefect("deployment", "run", "finetune/cpu", *again, "--watch")
+        combination = json.dumps({"runs": [manifest.run_id, "latest"], "weights": [0.5, 0.5]})
+        asked = ["-p", f"combination={combination}", "-p", "name=mixed"]
+        prefect("deployment", "run", "combine/cpu", *asked, "--watch")
+        combined = read_manifest(store, "latest")
+        assert combined.run_id.startswith("mixed-")
+        assert combined.status == "completed"
+        assert combined.stages["before"].status == "reused"
+        assert combined.adapter.rank == 6
     finally:
         for process in (worker, server):
             if process is not None:
