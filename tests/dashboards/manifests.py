@@ -17,10 +17,12 @@ from tasks.core.records import (
     DataReport,
     DatasetRef,
     Delta,
+    FileProof,
     ForgettingReport,
     GgufRef,
     ModelRef,
     OllamaRef,
+    ProofRef,
     ScoreSheet,
     TaskScore,
     TokensRef,
@@ -192,6 +194,24 @@ def stages(done: int, then: str | None = None, reused: int = 2) -> dict[str, Sta
     return made
 
 
+PROVEN = FileProof(
+    sha256="b" * 64,
+    size_bytes=144_810_000,
+    probes=8,
+    same_tokens=True,
+    same_template=True,
+    ends_answers=True,
+    places=860,
+    agreement=0.982,
+    least_agreement=0.97,
+    divergence=0.0031,
+    most_divergence=0.02,
+    perplexity=31.7,
+    merged_perplexity=31.9,
+    reasons=[],
+)
+
+
 def completed(run_id: str, outcome: ForgettingReport, minutes: float = 12.4) -> RunManifest:
     """Return a run that went through every stage, with the Chinese sample answer of a small model."""
     started = START
@@ -284,6 +304,7 @@ def completed(run_id: str, outcome: ForgettingReport, minutes: float = 12.4) -> 
             sample="你好！我是一个小小的语言模型，可以用中文回答你的问题。",
             stopped=True,
         ),
+        proof=ProofRef(artifact=artifact("proof"), files={"q8_0": PROVEN}, precision="float32", answer="你好！"),
         ollama=OllamaRef(name="quickstart", url="http://127.0.0.1:11434", registered=True),
         card=artifact("card", 4_100),
         environment={"python": "3.11.9", "torch": "2.13.0+cpu", "machine": "AMD EPYC, 2 cores, 7.8 GB"},

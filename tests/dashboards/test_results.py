@@ -125,18 +125,18 @@ def test_a_run_without_verdict_and_a_failure_after_the_verdict_show_both_facts()
 @pytest.mark.parametrize(
     ("done", "then", "text"),
     [
-        (0, "running", "Preparing the data · stage 1 of 12"),
-        (5, None, "Next: Training the adapter · stage 6 of 12"),
-        (11, "running", "Publishing the results · stage 12 of 12"),
-        (12, None, "Publishing the results · stage 12 of 12"),
+        (0, "running", "Preparing the data · stage 1 of 13"),
+        (5, None, "Next: Training the adapter · stage 6 of 13"),
+        (12, "running", "Publishing the results · stage 13 of 13"),
+        (13, None, "Publishing the results · stage 13 of 13"),
     ],
 )
 def test_progress_names_the_stage_at_work(done: int, then: str | None, text: str) -> None:
     manifest = made.running()
     manifest.stages = made.stages(done, then)
     progress = results.progress(manifest)
-    assert progress.text.removeprefix("Next: " if done == 12 else "") == text
-    assert progress.share == pytest.approx(done / 12)
+    assert progress.text.removeprefix("Next: " if done == 13 else "") == text
+    assert progress.share == pytest.approx(done / 13)
 
 
 def test_times_sizes_and_changes_read_well() -> None:
