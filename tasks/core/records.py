@@ -389,7 +389,10 @@ class FileProof(Record):
     """Tokens of the merged model's own answers, to held-out prompts and general ones, that both were asked for."""
     agreement: float
     """Share of places with the same most likely token."""
+    ties: float
+    """Share with another that the merged model holds as likely, within 0.1 nats."""
     least_agreement: float
+    """Of both together."""
     divergence: float
     """Mean Kullback-Leibler divergence of the file from the merged model, nats a token."""
     most_divergence: float
@@ -407,7 +410,8 @@ class FileProof(Record):
     def summary(self) -> str:
         words = "proven: same tokens, template and ends" if self.passed else f"not proven: {'; '.join(self.reasons)}"
         return (
-            f"{words}; most likely token the same at {self.agreement:.2%}, divergence {self.divergence:.2g} nats, "
+            f"{words}; most likely token the same at {self.agreement:.2%} (as likely at "
+            f"{self.ties:.2%}), divergence {self.divergence:.2g} nats, "
             f"perplexity {self.perplexity:.2f} (merged {self.merged_perplexity:.2f})"
         )
 

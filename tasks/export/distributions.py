@@ -14,6 +14,7 @@ from tasks.models.encode import read_examples
 from tasks.models.template import render
 
 ROWS, ROW_TOKENS = 12, 128
+TIE = 0.1  # nats by which two tokens differ that are as likely, for every reader
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 12, 256, 48
 GENERAL = (
     "What is the capital of France?",
@@ -50,11 +51,12 @@ class Distributions:
 @dataclass(frozen=True)
 class Likeness:
     """Of another model, over all `places`: the mean divergence from it of the recorded one (nats), the share with the
-    same most likely token, and its perplexity."""
+    same most likely token, the share with another that the recorded one holds as likely (TIE), and its perplexity."""
 
     places: int
     divergence: float
     agreement: float
+    ties: float
     perplexity: float
 
 
@@ -126,16 +128,20 @@ def next_log_probabilities(model: Any, probe: Probe) -> torch.Tensor:
 def compare_distributions(recorded: Distributions, other: Callable[[Probe], torch.Tensor]) -> Likeness:
     """Return how near what was recorded is to another model, which gives log-probabilities (places, vocabulary). A
     padded vocabulary counts as far as both go."""
-    divergence, nll, same, places = 0.0, 0.0, 0, 0
+    divergence, nll, same, ties, places = 0.0, 0.0, 0, 0, 0
     for probe, expected in zip(recorded.probes, recorded.log_probabilities, strict=True):
         found = other(probe)
         width = min(found.shape[1], expected.shape[1])
         found, reference = found[:, :width], torch.from_numpy(np.array(expected[:, :width]))
         divergence += torch.nn.functional.kl_div(found, reference, log_target=True, reduction="sum").item()
-        same += int((found.argmax(-1) == reference.argmax(-1)).sum())
+        best = found.argmax(-1)
+        is_same = best == reference.argmax(-1)
+        behind = reference.max(-1).values - reference.gather(-1, best[:, None])[:, 0]
+        same += int(is_same.sum())
+        ties += int((~is_same & (behind <= TIE)).sum())
         nll -= _of_targets(found, probe)
         places += len(found)
-    return Likeness(places, divergence / places, same / places, math.exp(nll / places))
+    return Likeness(places, divergence / places, same / places, ties / places, math.exp(nll / places))
 
 
 def _of_targets(log_probabilities: torch.Tensor, probe: Probe) -> float:

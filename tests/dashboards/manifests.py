@@ -203,6 +203,7 @@ PROVEN = FileProof(
     ends_answers=True,
     places=860,
     agreement=0.982,
+    ties=0.01,
     least_agreement=0.97,
     divergence=0.0031,
     most_divergence=0.02,

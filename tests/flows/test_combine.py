@@ -72,7 +72,7 @@ def test_the_combined_run_does_every_stage_and_is_judged_on_all_the_runs_measure
     store, colours, sounds = both
     assert combined.run_id.startswith("zoo-")
     assert combined.status == "completed"
-    expected = ["base", "before", "combine", "after", "compare", "merge", "gguf", "ollama", "publish"]
+    expected = ["base", "before", "combine", "after", "compare", "merge", "gguf", "proof", "ollama", "publish"]
     assert list(combined.stage_names) == expected
     assert {name: s.status for name, s in combined.stages.items()} == {
         **dict.fromkeys(expected, "computed"),
