@@ -75,7 +75,7 @@ def test_the_combined_run_does_every_stage_and_is_judged_on_all_the_runs_measure
     expected = ["base", "before", "combine", "after", "compare", "merge", "gguf", "proof", "ollama", "publish"]
     assert list(combined.stage_names) == expected
     assert {name: s.status for name, s in combined.stages.items()} == {
-        **dict.fromkeys(expected, "computed"),
+        **dict.fromkeys([*expected, "served"], "computed"),
         "base": "reused",
     }
     deltas = {d.name: d for d in combined.report.capabilities}
@@ -173,7 +173,7 @@ def test_in_sequence_on_a_suite_the_base_is_not_scored_again(
 ) -> None:
     store, colours, sounds = both
     suite = tmp_path / "suite.yaml"
-    suite.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text())["eval"]))
+    suite.write_text(yaml.safe_dump({"capabilities": yaml.safe_load(recipe.read_text())["eval"]["capabilities"]}))
     words = [sounds, colours, "--sequence", "--weights", "1,0.5", "--suite", str(suite), "--gate"]
     code = main(["combine", *words, "--store", str(store.root)])
     run = read_manifest(store, "latest")
