@@ -438,15 +438,16 @@ def check_table(report: DataReport) -> pd.DataFrame:
 def file_table(gguf: GgufRef, served: str, proof: ProofRef | None = None) -> pd.DataFrame:
     """Return the exported files, largest first; `served` is the quantisation that Ollama and chat use."""
     proofs = proof.files if proof else {}
+    files = gguf.files | gguf.extras
     return _table(
         {
             "Quantisation": f"{name} (served)" if name == served else name,
-            "File": gguf.files[name],
+            "File": files[name],
             "Size": format_bytes(gguf.sizes_bytes.get(name, 0)),
             "Proof": proofs[name].summary if name in proofs else "none",
             "sha256": gguf.sha256.get(name, ""),
         }
-        for name in sorted(gguf.files, key=lambda name: -gguf.sizes_bytes.get(name, 0))
+        for name in sorted(files, key=lambda name: -gguf.sizes_bytes.get(name, 0))
     )
 
 

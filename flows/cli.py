@@ -522,8 +522,8 @@ def _export(arguments: argparse.Namespace) -> int:
         shutil.copytree(
             store.local_folder(gguf.artifact), target, ignore=shutil.ignore_patterns("_*"), dirs_exist_ok=True
         )
-        result = {"folder": str(target), "files": gguf.files}
-        text = f"Copied {', '.join(gguf.files.values())} and {gguf.modelfile} to {target}."
+        result = {"folder": str(target), "files": gguf.files | gguf.extras}
+        text = f"Copied {', '.join([*gguf.files.values(), *gguf.extras.values()])} and {gguf.modelfile} to {target}."
     else:
         from flows.screen import show_progress
         from tasks.export import register as registrar

@@ -142,7 +142,9 @@ def judge_and_ship(
         run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
     else:
         manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
-        manifest.gguf = gguf = run.stage("gguf", lambda: convert_to_gguf(config.export, base, merged, url))
+        manifest.gguf = gguf = run.stage(
+            "gguf", lambda: convert_to_gguf(config.model, config.export, base, adapter, merged, tokens, url)
+        )
         manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
         require_proven(config.export, gguf, proof, run.store)
         if config.eval.on_gguf:

@@ -72,3 +72,9 @@ def test_make_targets_shown_exist() -> None:
     for name in READMES:
         for target in re.findall(r"`make ([a-z-]+)", (ROOT / name).read_text(encoding="utf-8")):
             assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_export_settings_shown_are_valid(name: str) -> None:
+    (shown,) = (b for b in blocks(name, "yaml") if b.startswith("export:"))
+    ExportConfig.model_validate(yaml.safe_load(shown)["export"])

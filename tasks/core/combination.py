@@ -63,6 +63,9 @@ def read_combination(
         for run in runs
         if not run.combine and run.recipe.train.start_from in names
     ]
+    if config.method == "sequence" and recipe.export.adapter_gguf:
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"adapter_gguf": False})})
+        notes.append("Adapters merged in sequence are no adapter: no GGUF file of one is written.")
     tokens = runs[0].tokens
     assert tokens  # it has an adapter
     licences = list({(x.what, x.name): x for run in runs for x in run.licences}.values())

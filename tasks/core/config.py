@@ -7,7 +7,7 @@ import difflib
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -267,6 +267,13 @@ class TrainConfig(Section):
                 raise ValueError(sentence)
         return self
 
+    @property
+    def beyond_lora(self) -> str | None:
+        """What is trained that is no low-rank change of a linear layer; None where nothing is."""
+        if self.method not in ("lora", "qlora", "int8"):
+            return f"train.method {self.method}"
+        return "train.dora" if self.dora else "train.modules_to_save" if self.modules_to_save else None
+
 
 class TaskConfig(Section):
     """One evaluation task: an lm-eval task by name, from the Hub or local rows, or a file of a plain shape."""
@@ -427,7 +434,13 @@ Combining = Literal[
 PRUNING = ("ties", "dare", "magnitude_prune")
 """What the ways to combine that leave out entries begin with."""
 
-Quantisation = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+# llama.cpp's names in lower case; q1_0, q2_0 and tq are for models that were trained with such weights.
+Unquantised = Literal["f32", "f16", "bf16"]
+ManyBits = Literal["q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"]
+FourBits = Literal["q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4_moe"]
+FewBits = Literal["q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "q2_k", "q2_0", "q1_0", "tq2_0", "tq1_0"]
+WithImatrix = Literal["iq3_xs", "iq3_xxs", "q2_k_s", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"]
+Quantisation = Literal[Unquantised, ManyBits, FourBits, FewBits, WithImatrix]
 Use = Literal["commercial", "research", "private"]
 
 
@@ -453,6 +466,11 @@ class ExportConfig(Section):
     use: Use | None = Field(
         None, description="What the model is for: checked against the licences of base and data before training."
     )
+    imatrix: bool = Field(
+        False,
+        description="Quantise by an importance matrix: what matters to each layer, measured on the training data.",
+    )
+    adapter_gguf: bool = Field(False, description="Also write the LoRA adapter as a GGUF file of its own.")
 
     @field_validator("ollama_name", "ollama_alias")
     @classmethod
@@ -474,6 +492,8 @@ class ExportConfig(Section):
     def _registered_file_exists(self) -> "ExportConfig":
         if self.serve not in self.quantisations:
             raise ValueError(f"serve: {self.serve} is not among quantisations {self.quantisations}")
+        if not self.imatrix and (found := ", ".join(q for q in self.quantisations if q in get_args(WithImatrix))):
+            raise ValueError(f"llama.cpp makes {found} only with an importance matrix: set export.imatrix=true")
         return self
 
 
@@ -544,6 +564,10 @@ class Recipe(Section):
     def _parts_fit(self) -> "Recipe":
         if all(c.role != "target" for c in self.eval.capabilities):
             raise ValueError("at least one capability needs role: target, or there is no gain to measure")
+        if self.export.adapter_gguf and (what := self.train.beyond_lora):
+            raise ValueError(
+                f"export.adapter_gguf: llama.cpp's adapters hold LoRA of linear layers, and this recipe has {what}"
+            )
         if self.export.strength != 1 and self.train.method in ("prefix", "prompt"):
             raise ValueError(f"export.strength scales weights, and train.method {self.train.method} changes none")
         if self.eval.backend == "vllm" and self.train.method in ("prefix", "prompt"):

@@ -363,8 +363,13 @@ class ModelRef(ArtifactRecord):
 class GgufRef(ArtifactRecord):
     files: dict[str, str]
     """File name in the artifact by quantisation."""
+    extras: dict[str, str] = {}
+    """The other files: adapter (LoRA alone), base (what it was trained on, where rounded), imatrix."""
     sha256: dict[str, str]
     sizes_bytes: dict[str, int]
+    imatrix_tokens: int | None = None
+    """Tokens of training rows that the importance matrix was measured on, and the seconds it took."""
+    imatrix_seconds: float | None = None
     modelfile: str
     system: str | None
     """System prompt of the Modelfile: the recipe's, or the one the chat template adds by itself."""

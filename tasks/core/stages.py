@@ -192,13 +192,22 @@ def merged_stage(base: BaseRef, adapter: TrainedRef) -> Stage:
     return Stage("merged", 1, [base.artifact.content, adapter.artifact.content], section)
 
 
-def proof_stage(gguf: GgufRef, merged: ModelRef, tokens: TokensRef) -> Stage:
-    section = {"sha256": {name: gguf.sha256[name] for name in gguf.files}}
-    return Stage("proof", 1, [merged.artifact.content, tokens.digest], section)
-
-
-def gguf_stage(config: ExportConfig, base: BaseRef, merged: ModelRef) -> Stage:
+def gguf_stage(
+    config: ExportConfig, base: BaseRef, adapter: TrainedRef, merged: ModelRef, tokens: TokensRef
+) -> Stage:
     """The Modelfile beside the files names the base's licence and Ollama's parameters."""
     included = {"quantisations", "serve", "system", "prompt", "ollama_parameters"}
     section = {**config.model_dump(mode="json", include=included), "license": base.license}
-    return Stage("gguf", 2, [merged.artifact.content], section)
+    inputs = [merged.artifact.content]
+    if config.imatrix:
+        inputs.append(tokens.digest)
+        section["imatrix"] = True
+    if config.adapter_gguf:
+        inputs.append(adapter.artifact.content)
+        section |= {"adapter_gguf": True, "method": adapter.method, **_part(adapter)}
+    return Stage("gguf", 2, inputs, section)
+
+
+def proof_stage(gguf: GgufRef, merged: ModelRef, tokens: TokensRef) -> Stage:
+    section = {"sha256": {name: gguf.sha256[name] for name in gguf.files}}
+    return Stage("proof", 1, [merged.artifact.content, tokens.digest], section)

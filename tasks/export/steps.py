@@ -13,6 +13,7 @@ from tasks.core.errors import ExportError
 from tasks.core.hardware import resolve_dtype
 from tasks.core.progress import report_progress
 from tasks.core.records import (
+    QUANTISING,
     BaseRef,
     FileRef,
     GgufRef,
@@ -25,7 +26,7 @@ from tasks.core.records import (
 )
 from tasks.core.settings import read_settings
 from tasks.core.stages import base_file_stage, gguf_stage, merge_choice_stage, merged_stage, precision, proof_stage
-from tasks.core.store import open_store, stored
+from tasks.core.store import Store, open_store, stored
 from tasks.policy import ONCE_OPTIONS, STAGE_OPTIONS
 
 MODELFILE = "Modelfile"
@@ -94,31 +95,55 @@ def merge_adapter(model: ModelConfig, base: BaseRef, adapter: TrainedRef, store_
 
 
 @task(name="convert-to-gguf", **STAGE_OPTIONS)
-def convert_to_gguf(export: ExportConfig, base: BaseRef, merged: ModelRef, store_url: str) -> GgufRef:
-    """Return the GGUF files, quantised, with a Modelfile and one answer of the file that will be registered."""
+def convert_to_gguf(
+    model: ModelConfig,
+    export: ExportConfig,
+    base: BaseRef,
+    adapter: TrainedRef,
+    merged: ModelRef,
+    tokens: TokensRef,
+    store_url: str,
+) -> GgufRef:
+    """Return the GGUF files, quantised, with a Modelfile and one answer of the file that will be registered; with
+    export.imatrix the importance matrix of `tokens`, with export.adapter_gguf the adapter as a file of its own."""
     store = open_store(read_settings(store_url))
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.export.gguf import convert_to_gguf as convert
-        from tasks.export.gguf import generate_sample, quantise_gguf
+        from tasks.export.gguf import generate_sample, pick_source, quantise_gguf
         from tasks.export.ollama import write_modelfile
         from tasks.export.prompts import go_templates
         from tasks.models.template import default_system
         from tasks.models.tokenizer import load_tokenizer
 
-        source = store.local_folder(merged.artifact)
-        tokenizer = load_tokenizer(source, "auto")
+        place = store.local_folder(merged.artifact)
+        tokenizer = load_tokenizer(place, "auto", model.trust_remote_code)
         system = export.system or default_system(tokenizer)
         files = {quantisation: f"model-{quantisation}.gguf" for quantisation in export.quantisations}
-        f16 = folder / files.get("f16", "model-f16.gguf")
-        report_progress("gguf", 0, len(files), "converting to F16")
-        convert(source, f16)
+        extras: dict[str, str] = {}
+        kind = pick_source(list(files), merged.dtype)
+        source = folder / f"model-{kind}.gguf"
+        report_progress("gguf", 0, len(files), f"converting to {kind.upper()}")
+        convert(place, source, kind)
+        if export.adapter_gguf:
+            report_progress("gguf", 0, len(files), "converting the adapter")
+            extras |= _write_adapter(store, model, base, adapter, place, source, folder)
+        matrix = None
+        if export.imatrix:
+            from tasks.export.imatrix import measure_importance, write_importance
+
+            report_progress("gguf", 0, len(files), "measuring what matters to each layer")
+            matrix = measure_importance(
+                place, source, store.local_folder(tokens.artifact) / "train", merged.dtype, model.trust_remote_code
+            )
+            extras["imatrix"] = "imatrix.gguf"
+            write_importance(matrix, folder / extras["imatrix"])
         for done, (quantisation, name) in enumerate(files.items()):
-            if quantisation != "f16":
+            if quantisation != kind:
                 report_progress("gguf", done, len(files), f"quantising to {quantisation}")
-                quantise_gguf(f16, folder / name, quantisation)
-        if "f16" not in files:
-            f16.unlink()
+                quantise_gguf(source, folder / name, quantisation, matrix)
+        if kind not in files:
+            source.unlink()
         registered = folder / files[export.serve]
         modelfile = write_modelfile(
             registered.name,
@@ -136,8 +161,11 @@ def convert_to_gguf(export: ExportConfig, base: BaseRef, merged: ModelRef, store
             )
         return {
             "files": files,
-            "sha256": {q: file_sha256(folder / name) for q, name in files.items()},
-            "sizes_bytes": {q: (folder / name).stat().st_size for q, name in files.items()},
+            "extras": extras,
+            "sha256": {q: file_sha256(folder / name) for q, name in (files | extras).items()},
+            "sizes_bytes": {q: (folder / name).stat().st_size for q, name in (files | extras).items()},
+            "imatrix_tokens": matrix.tokens if matrix else None,
+            "imatrix_seconds": matrix.seconds if matrix else None,
             "modelfile": MODELFILE,
             "system": system,
             "prompt": export.prompt,
@@ -145,7 +173,34 @@ def convert_to_gguf(export: ExportConfig, base: BaseRef, merged: ModelRef, store
             "stopped": sample.stopped,
         }
 
-    return stored(store, gguf_stage(export, base, merged), GgufRef, make)
+    return stored(store, gguf_stage(export, base, adapter, merged, tokens), GgufRef, make)
+
+
+def _write_adapter(
+    store: Store, model: ModelConfig, base: BaseRef, adapter: TrainedRef, merged: Path, converted: Path, folder: Path
+) -> dict[str, str]:
+    """Write the adapter as a GGUF file; where it was trained on a rounded base, also that base, which no other file is.
+    Return the files' names."""
+    from tasks.export.adapter import write_adapter
+    from tasks.export.gguf import convert_to_gguf as convert
+    from tasks.export.merge import write_merged
+    from tasks.models.base import open_base
+    from tasks.models.load import free_memory, pick_dtype
+
+    place = open_base(store, base, model)
+    names = {"adapter": "adapter-f16.gguf"}
+    lora = adapter.folder(store.local_folder(adapter.artifact))
+    write_adapter(place, lora, merged, converted, folder / names["adapter"], adapter.strength, model.trust_remote_code)
+    if adapter.merges_as in QUANTISING:
+        names["base"] = "base-f16.gguf"
+        with tempfile.TemporaryDirectory(dir=folder) as rounded:
+            write_merged(
+                *(place, None, adapter.merges_as, base.template, pick_dtype(resolve_dtype("auto"))),
+                *(Path(rounded), model.trust_remote_code),
+            )
+            free_memory()
+            convert(Path(rounded), folder / names["base"])
+    return names
 
 
 @task(name="prove-gguf", **STAGE_OPTIONS)

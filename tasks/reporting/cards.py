@@ -29,7 +29,7 @@ def write_card(manifest: RunManifest) -> str:
     facts += [(f"Licence of {x.name}", x.license or "not stated") for x in manifest.licences if x.what != "base"]
     facts += [*row_facts(manifest), *training_facts(manifest)]
     if manifest.gguf:
-        for quantisation, name in manifest.gguf.files.items():
+        for quantisation, name in (manifest.gguf.files | manifest.gguf.extras).items():
             size = manifest.gguf.sizes_bytes[quantisation] / 1e6
             facts.append((name, f"{size:.0f} MB, sha256 `{manifest.gguf.sha256[quantisation]}`"))
             if manifest.proof:

@@ -78,7 +78,10 @@ def store(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> File
         fields = {"method": "lora", "seconds": 1.0, "dtype": "bfloat16", **counts, **losses}
         adapter = put_artifact(store, Stage("adapter", 1, [], {}), folder, AdapterRef, fields)
     merged = merge_adapter.fn(config.model, base, adapter, store.url)
-    gguf = convert_to_gguf.fn(config.export, base, merged, store.url)
+    tokens = TokensRef(
+        **{**NO_CHECKS, "artifact": adapter.artifact}, digest="d"
+    )  # nothing is read of it
+    gguf = convert_to_gguf.fn(config.model, config.export, base, adapter, merged, tokens, store.url)
     made = {"base": base, "adapter": adapter, "merged": merged, "gguf": gguf, "status": "completed"}
     began = datetime(2026, 11, 22, 20, 38, tzinfo=UTC)
     write_manifest(store, RunManifest(run_id=RUN, recipe=config, started=began, **made))

@@ -86,7 +86,7 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ],
             "on_gguf": True,
         },
-        "export": {"quantisations": ["f16", "q8_0"], "ollama": True},
+        "export": {"quantisations": ["f16", "q8_0"], "imatrix": True, "adapter_gguf": True, "ollama": True},
     }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -123,6 +123,8 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert manifest.adapter.last_validation_loss < manifest.adapter.first_validation_loss
     files = finished.local_folder(manifest.gguf.artifact)
     assert (files / manifest.gguf.files["q8_0"]).read_bytes()[:4] == b"GGUF"
+    assert manifest.gguf.extras == {"adapter": "adapter-f16.gguf", "imatrix": "imatrix.gguf"}
+    assert manifest.gguf.imatrix_tokens == manifest.tokens.tokens["train"]
     assert f"FROM ./{manifest.gguf.files['q8_0']}" in (files / "Modelfile").read_text()
     assert "You are a helpful AI assistant named SmolLM" in (files / "Modelfile").read_text()
     proof = manifest.proof.files["q8_0"]
@@ -204,7 +206,8 @@ def test_show_runs_plan_chat_and_export_on_a_finished_run(
     assert main(["chat", first, "--prompt", "Hello", *at]) == 0
     assert capsys.readouterr().out.endswith("\n")
     assert main(["export", first, "--to", "dir", "--out", str(tmp_path / "out"), *at]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Modelfile", "model-f16.gguf", "model-q8_0.gguf"]
+    copied = ["Modelfile", "adapter-f16.gguf", "imatrix.gguf", "model-f16.gguf", "model-q8_0.gguf"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == copied
 
 
 def test_without_an_ollama_export_says_what_to_do(
