@@ -31,8 +31,8 @@ class Sample:
 
 
 def pick_source(quantisations: list[str], dtype: str) -> str:
-    """Return which of f32, f16 and bf16 all other files are made from, for merged weights in `dtype`: of those asked for
-    the one that keeps most of them, else the one of 16 bits that does."""
+    """Return which of f32, f16 and bf16 all other files are made from, for merged weights in `dtype`: of those asked
+    for the one that keeps most of them, else the one of 16 bits that does."""
     order = ["f32", "bf16", "f16"] if dtype == "bfloat16" else ["f32", "f16", "bf16"]
     return next((found for found in order if found in quantisations), order[1])
 
