@@ -133,8 +133,10 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
     )
     look("compare", comparison_stage(recipe.eval, before, after) if before and after else None, ForgettingReport)
     merged = look("merge", merged_stage(base, adapter) if base and adapter else None, ModelRef)
-    ready = base and adapter and merged and tokens
-    gguf = look("gguf", gguf_stage(recipe.export, base, adapter, merged, tokens) if ready else None, GgufRef)
+    ready = None
+    if base and adapter and merged and tokens:
+        ready = gguf_stage(recipe.export, base, adapter, merged, tokens)
+    gguf = look("gguf", ready, GgufRef)
     look("proof", proof_stage(gguf, merged, tokens) if gguf and merged and tokens else None, ProofRef)
     stages += [PlannedStage("ollama", "always"), PlannedStage("publish", "always")]
     return {

@@ -164,12 +164,7 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
             facts.append(("Left out", f"{a.dropped_too_long:,} {what} longer than train.max_tokens={limit}"))
     facts += [("Note", note) for note in (a.notes if a else [])]
     if manifest.merge_choice:
-        c = manifest.merge_choice
-        onto = {"quantised": "the dequantised base", "full": "the 16-bit base"}
-        nats = ", ".join(
-            f"{c.divergence[name]:.2g} nats into {onto[name]}" for name in sorted(onto, key=lambda n: c.divergence[n])
-        )
-        facts.append(("Merge", f"into {onto[c.onto]}: from the model as trained {nats}"))
+        facts.append(("Merge", manifest.merge_choice.summary))
     if manifest.proof:
         for name, proof in manifest.proof.files.items():
             facts.append((name, proof.summary))

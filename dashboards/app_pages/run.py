@@ -149,6 +149,8 @@ with export:
             hide_index=True,
             alt="Exported files with size and sha256",
         )
+        if manifest.merge_choice:
+            st.caption(f"Merged {manifest.merge_choice.summary}.")
         st.subheader(results.describe_sample(manifest.gguf), anchor=False)
         with st.chat_message("user", avatar=":material/person:"):
             st.text(manifest.gguf.prompt)

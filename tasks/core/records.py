@@ -355,6 +355,15 @@ class MergeChoice(ArtifactRecord):
     agreement: dict[str, float]
     places: int
 
+    @property
+    def summary(self) -> str:
+        onto = {"quantised": "the dequantised base", "full": "the 16-bit base"}
+        told = "; ".join(
+            f"into {onto[name]} {nats:.2g} nats, most likely token the same at {self.agreement[name]:.2%}"
+            for name, nats in sorted(self.divergence.items(), key=lambda pair: pair[1])
+        )
+        return f"into {onto[self.onto]}; beside the model as trained: {told}"
+
 
 class ModelRef(ArtifactRecord):
     dtype: str

@@ -16,8 +16,8 @@ from typing import Any
 from tasks.core.errors import ConfigError, ExportError
 from tasks.core.records import BaseRef, GgufRef, TrainedRef
 
-SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py", ".gguf"}
-"""What goes up, beside a Modelfile. Pickles (.bin, .pt, .pth, .ckpt, .pkl) are none of them."""
+SUFFIXES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt", ".py"}
+"""What of a merged model goes up. Pickles (.bin, .pt, .pth, .ckpt, .pkl) are none of them."""
 STALE = [
     "adapter_*",
     "config.json",
@@ -56,9 +56,9 @@ def link(source: Path, target: Path) -> None:
 
 
 def place_files(source: Path, target: Path, place: Place) -> None:
-    """Put the files of a merged model or of GGUF files into `target`, without what is none of a model's or a pickle."""
+    """Put the files of a merged model into `target`, without what is none of a model's or a pickle."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith("_") and (file.suffix in SUFFIXES or file.name == "Modelfile"):
+        if file.is_file() and not file.name.startswith("_") and file.suffix in SUFFIXES:
             place(file, target / file.name)
     _free_tokenizer(target)
 
@@ -79,8 +79,11 @@ def _free_tokenizer(folder: Path) -> None:
 
 
 def place_gguf(source: Path, target: Path, gguf: GgufRef, place: Place) -> None:
-    """Put the GGUF files into `target`, and the system prompt where Ollama looks for it in a repository."""
-    place_files(source, target, place)
+    """Put the model's GGUF files into `target`, and the system prompt where Ollama looks for it in a repository. An
+    adapter and its base stay behind: there they would pass for the model."""
+    for name in (*gguf.files.values(), gguf.modelfile, gguf.extras.get("imatrix")):
+        if name:
+            place(source / name, target / name)
     if gguf.system:
         (target / "system").write_text(gguf.system, encoding="utf-8")
 

@@ -28,11 +28,13 @@ def write_card(manifest: RunManifest) -> str:
         facts.append(("Data", ", ".join(manifest.dataset.sources)))
     facts += [(f"Licence of {x.name}", x.license or "not stated") for x in manifest.licences if x.what != "base"]
     facts += [*row_facts(manifest), *training_facts(manifest)]
+    if manifest.merge_choice:
+        facts.append(("Merged", manifest.merge_choice.summary))
     if manifest.gguf:
         for quantisation, name in (manifest.gguf.files | manifest.gguf.extras).items():
             size = manifest.gguf.sizes_bytes[quantisation] / 1e6
             facts.append((name, f"{size:.0f} MB, sha256 `{manifest.gguf.sha256[quantisation]}`"))
-            if manifest.proof:
+            if manifest.proof and quantisation in manifest.proof.files:
                 facts.append(("", manifest.proof.files[quantisation].summary))
     if manifest.served:
         facts.append(("In llama.cpp", f"{manifest.served.verdict}: {manifest.served.reason}"))

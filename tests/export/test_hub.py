@@ -186,10 +186,18 @@ def test_gguf_files_go_up_with_the_system_prompt_for_ollama(tiny_folder: Path, t
     run = finish_run(store, tiny_folder, str(tiny_folder))
     folder = store.local_folder(run.gguf.artifact)
     folder.mkdir(parents=True)
-    for name in ("model-q8_0.gguf", "Modelfile", "_artifact.json"):
+    extras = {name: f"{name}-f16.gguf" for name in ("adapter", "base")} | {"imatrix": "imatrix.gguf"}
+    run = run.model_copy(update={"gguf": run.gguf.model_copy(update={"extras": extras})})
+    for name in (*run.gguf.files.values(), *extras.values(), "Modelfile", "_artifact.json"):
         (folder / name).write_text("GGUF")
     out = dry_run(store, run, tmp_path / "out", "gguf")
-    assert {path.name for path in out.iterdir()} == {"model-q8_0.gguf", "Modelfile", "system", "README.md"}
+    assert {path.name for path in out.iterdir()} == {
+        *run.gguf.files.values(),
+        "imatrix.gguf",
+        "Modelfile",
+        "system",
+        "README.md",
+    }
     assert (out / "system").read_text(encoding="utf-8") == run.gguf.system
     assert "ollama run hf.co/me/shop:Q8_0" in (out / "README.md").read_text(encoding="utf-8")
 
