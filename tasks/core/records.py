@@ -410,9 +410,9 @@ class FileProof(Record):
     divergence: float
     """Mean Kullback-Leibler divergence of the file from the merged model, nats a token."""
     most_divergence: float
-    perplexity: float
-    """On held-out rows."""
-    merged_perplexity: float
+    perplexity: float | None
+    """On the answers of held-out rows; None where no prompt was short enough to be read here."""
+    merged_perplexity: float | None
     reasons: list[str]
     """Why the file is not the model that was measured; empty where it is."""
 
@@ -425,8 +425,8 @@ class FileProof(Record):
         words = "proven: same tokens, template and ends" if self.passed else f"not proven: {'; '.join(self.reasons)}"
         return (
             f"{words}; most likely token the same at {self.agreement:.2%} (as likely at "
-            f"{self.ties:.2%}), divergence {self.divergence:.2g} nats, "
-            f"perplexity {self.perplexity:.2f} (merged {self.merged_perplexity:.2f})"
+            f"{self.ties:.2%}), divergence {self.divergence:.2g} nats"
+            + (f", perplexity {self.perplexity:.2f} (merged {self.merged_perplexity:.2f})" if self.perplexity else "")
         )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from tasks.evaluation.tree import KeysAndValues, common
+from tasks.evaluation.tree import KeysAndValues
 from tasks.models.cpu_attention import Stretch, attend
+from tasks.models.encode import common_start
 from tasks.models.products import Product
 
 PREFILL_TOKENS = 768
@@ -27,7 +28,9 @@ def generate(
 ) -> list[list[int]]:
     """Return the tokens that greedy decoding puts after each prompt, at most `most`, up to and with the one that
     `is_done` stops at. `penalty` is Keskar et al.'s for tokens that are in the text already (1 is none)."""
-    shared = min(common(prompts[0], prompts[-1]), *(len(p) - 1 for p in prompts))  # sorted: all others lie between
+    shared = min(
+        common_start(prompts[0], prompts[-1]), *(len(p) - 1 for p in prompts)
+    )  # sorted: all others lie between
     past = _read(decoder, prompts[0][:shared])
     plan = _Steps(past, [len(p) - shared for p in prompts], most)
     hidden = plan.fill(decoder, [p[shared:] for p in prompts], shared)

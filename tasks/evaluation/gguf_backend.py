@@ -4,24 +4,21 @@ Requests are sorted, and what one shares with the request before it stays in the
 they are read. Its scores are compared with those of another file alone, never with those of transformers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from numpy.typing import NDArray
 
-from tasks.core.errors import ConfigError, ModelError
+from tasks.core.errors import ConfigError
 from tasks.evaluation.prefix_lm import check_greedy
-from tasks.evaluation.tree import common
-from tasks.models.llama import quiet_llama
+from tasks.models.llama import LlamaReader
 
 Request = tuple[Any, list[int], list[int]]
-BATCH, LONGEST, MAX_NEW_TOKENS = 512, 4096, 256  # tokens of a pass, of a context, and of an answer
+LONGEST, MAX_NEW_TOKENS = 4096, 256  # tokens of a context, and of an answer
 
 
 class GgufLM(TemplateLM):  # type: ignore[misc]
@@ -36,27 +33,11 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.tokenizer, self.on_progress = tokenizer, on_progress
         self.max_length = min(max_tokens, LONGEST)
-        with quiet_llama() as notes:
-            try:
-                options = {"n_ctx": self.max_length, "n_batch": BATCH, "n_threads": threads, "n_threads_batch": threads}
-                self.model = llama_cpp.Llama(str(file), verbose=False, **options)  # type: ignore[arg-type]
-            except (ValueError, RuntimeError, OSError) as error:
-                raise ModelError(
-                    f"{file.name} cannot be loaded: {error} {notes[-1] if notes else ''}".strip()
-                ) from error
-        self.context: Any = self.model.ctx
-        self.memory: Any = llama_cpp.llama_get_memory(self.context)
-        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model.model)
-        self.width = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
-        self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
-        self.past: list[int] = []
-        self.branch: tuple[int, NDArray[np.float32]] | None = None
-        """Where the last request's continuation began, and the logits there: choices branch at one place."""
+        self.reader = LlamaReader(file, self.max_length, threads)
         self.unfinished: set[str] | None = set()
 
     def close(self) -> None:
-        llama_cpp.llama_batch_free(self.batch)
-        self.model.close()
+        self.reader.close()
 
     @property
     def eot_token_id(self) -> int:
@@ -68,34 +49,6 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
-
-    # --- llama.cpp ----------------------------------------------------------------------------------------------------
-
-    def _read(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield the logits, (vocabulary,), at each place from `first` on: views that the next pass overwrites."""
-        kept = min(common(self.past, list(tokens)), len(tokens))
-        if first < kept:  # what is read must be computed again, unless it is where the request before began
-            if self.branch and self.branch[0] == first and kept >= first + 1:
-                yield self.branch
-                first += 1
-            kept = min(kept, first)
-        llama_cpp.llama_memory_seq_rm(self.memory, 0, kept, -1)
-        self.past = list(tokens[:kept])
-        for start in range(kept, len(tokens), BATCH):
-            part = tokens[start : start + BATCH]
-            self.batch.n_tokens = len(part)
-            for i, token in enumerate(part):
-                self.batch.token[i], self.batch.pos[i] = token, start + i
-                self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
-                self.batch.logits[i] = start + i >= first
-            if code := llama_cpp.llama_decode(self.context, self.batch):
-                raise ModelError(f"llama.cpp could not read a text of {len(tokens)} tokens (code {code}).")
-            self.past += part
-            for i in range(max(0, first - start), len(part)):
-                pointer = llama_cpp.llama_get_logits_ith(self.context, i)
-                yield start + i, np.ctypeslib.as_array(pointer, (self.width,))
-
-    # --- lm-eval ------------------------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return each text's log-likelihood, nats."""
@@ -124,13 +77,11 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
         tokens = (context + continuation)[:-1][-self.max_length :]
         first = len(tokens) - len(continuation)
         total, greedy = 0.0, True
-        for place, logits in self._read(tokens, first):
+        for place, logits in self.reader.read(tokens, first):
             token = continuation[place - first]
             best = float(logits.max())
             total += float(logits[token]) - best - float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
             greedy &= bool(logits[token] == best)
-            if place == first:
-                self.branch = place, logits.copy()
         return total, greedy
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -146,17 +97,16 @@ class GgufLM(TemplateLM):  # type: ignore[misc]
                 raise ConfigError("A task penalises repetition, which eval.on_gguf does not: remove one of them.")
             tokens = self.tok_encode(prompt)[-(self.max_length - most) :]
             written: list[int] = []
-            self.branch = None
             while len(written) < most:
-                _, logits = next(iter(list(self._read(tokens + written, len(tokens + written) - 1))))
+                _, logits = next(iter(list(self.reader.read(tokens + written, len(tokens + written) - 1))))
                 written.append(int(logits.argmax()))
                 text = self.tokenizer.decode(written)
-                if llama_cpp.llama_vocab_is_eog(self.vocabulary, written[-1]) or any(stop in text for stop in stops):
+                if self.reader.ends(written[-1]) or any(stop in text for stop in stops):
                     break
             else:
                 assert self.unfinished is not None
                 self.unfinished.add(prompt)
-            if written and llama_cpp.llama_vocab_is_eog(self.vocabulary, written[-1]):
+            if written and self.reader.ends(written[-1]):
                 written.pop()
             results[i] = postprocess_generated_text(self.tokenizer.decode(written), stops, None)
             self.on_progress(done, len(requests))

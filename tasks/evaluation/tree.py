@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from tasks.models.cpu_attention import Stretch, attend
+from tasks.models.encode import common_start
 
 LEAST_KEPT = 16  # tokens: fewer cost less to compute again than their keys and values to keep
 Tensor = torch.Tensor
@@ -25,12 +26,6 @@ class Text:
     index: int
     tokens: list[int]
     read: int
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many first tokens two texts share."""
-    most = min(len(first), len(second))
-    return next((i for i in range(most) if first[i] != second[i]), most)
 
 
 class TokenTree:
@@ -50,17 +45,17 @@ class TokenTree:
 
     def count_new(self, tokens: Sequence[int]) -> int:
         """Return how many tokens `add` would add."""
-        return len(tokens) - common(tokens, self._last)
+        return len(tokens) - common_start(tokens, self._last)
 
     def takes(self, text: Text, budget: int) -> bool:
         """Return whether a text belongs into this row of at most about `budget` tokens."""
-        if common(text.tokens, self._last) < self.base or text.read < self.base:
+        if common_start(text.tokens, self._last) < self.base or text.read < self.base:
             return False
         # A single text may be longer than a row; what shares its beginning still joins it.
         return len(self.tokens) + self.count_new(text.tokens) <= max(budget, 2 * (len(text.tokens) - self.base))
 
     def add(self, text: Text) -> None:
-        path = self._path[: common(text.tokens, self._last) - self.base]
+        path = self._path[: common_start(text.tokens, self._last) - self.base]
         first, new = len(self.tokens), text.tokens[self.base + len(path) :]
         if new:
             self.stretches.append(Stretch(first, first + len(new), _spans(path)))
@@ -96,7 +91,7 @@ def make_rows(texts: Sequence[Text], budget: int, goes_on: bool) -> Iterator[Tok
     row = TokenTree()
     for text in texts:
         if row.paths and not row.takes(text, budget):
-            shared = min(common(text.tokens, row.paths[-1][0].tokens), text.read) if goes_on else 0
+            shared = min(common_start(text.tokens, row.paths[-1][0].tokens), text.read) if goes_on else 0
             row.keep = shared if shared >= LEAST_KEPT else 0
             yield row
             row = TokenTree(text.tokens[: row.keep])
@@ -108,7 +103,7 @@ def make_rows(texts: Sequence[Text], budget: int, goes_on: bool) -> Iterator[Tok
 def split_evenly(texts: Sequence[Text], parts: int) -> list[Sequence[Text]]:
     """Return sorted texts in `parts` stretches of about as many new tokens each."""
     costs = [len(texts[0].tokens) if texts else 0]
-    costs += [len(b.tokens) - common(a.tokens, b.tokens) + 1 for a, b in pairwise(texts)]
+    costs += [len(b.tokens) - common_start(a.tokens, b.tokens) + 1 for a, b in pairwise(texts)]
     total, done, edges = sum(costs), 0, [0]
     for i, cost in enumerate(costs):
         if len(edges) < parts and done >= total * len(edges) / parts:

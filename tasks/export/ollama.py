@@ -19,6 +19,7 @@ from tasks.core.digest import canonical_json, sha256
 from tasks.core.errors import ExportError, describe_os_error
 from tasks.core.ollama import name_problem, parameter_problems
 from tasks.export.prompts import PromptCase
+from tasks.models.encode import common_start
 
 # Kept wide on purpose: a str is one stop sequence, an int is a fine value for a number.
 ParameterValue = float | int | str | list[str]
@@ -507,12 +508,6 @@ def _describe_difference(case: PromptCase, found: str) -> str:
         return f"{'…' if start else ''}{text[start:end]}{'…' if len(text) > end else ''}"
 
     return f"for {case.name} expected {around(expected)!r}, found {around(found)!r}"
-
-
-def common_start(first: str, second: str) -> int:
-    """Return how many characters two texts share at their start."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _try_answer(

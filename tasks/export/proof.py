@@ -1,6 +1,7 @@
 """Proof that a GGUF file is the model that was measured: its tokens, template, ends and next words beside the merged
 model's, in float32 where memory allows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +11,22 @@ import numpy as np
 import torch
 
 from tasks.core.digest import file_sha256
-from tasks.core.errors import ExportError
+from tasks.core.errors import ExportError, ModelError
 from tasks.core.hardware import memory_bytes
 from tasks.core.records import FileProof
 from tasks.export.distributions import (
     Distributions,
+    Likeness,
     Probe,
-    answer_probes,
-    compare_distributions,
-    record_distributions,
-    row_probes,
+    general_prompts,
+    held_out_probes,
+    negative_log_likelihood,
+    next_log_probabilities,
     write_answers,
 )
-from tasks.models.llama import quiet_llama
+from tasks.models.llama import LlamaReader, quiet_llama
 from tasks.models.load import dtype_name, load_model
+from tasks.models.products import arrange_linears
 from tasks.models.template import Message, render
 from tasks.models.tokenizer import load_tokenizer
 
@@ -54,64 +57,64 @@ TOKEN_PROBES = (
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the merged model expects: in its own answers to held-out and general prompts, and in held-out rows."""
+    """What the merged model expects in its own answers to held-out and general prompts, and the answers that held-out
+    rows have, with its perplexity on them (None where no row's prompt is short enough)."""
 
+    tokenizer: Any
     answers: Distributions
-    rows: Distributions
+    held_out: list[Probe]
+    perplexity: float | None
     precision: str
     answer: str
     """To `asked`, greedily."""
 
 
-def record_merged(
-    merged: Path, tokens: Path, asked: list[Message], scratch: Path, on_progress: Callable[[int, int], None]
-) -> Recorded:
-    """Return what the merged model expects; the files of it are in `scratch`."""
+def record_merged(merged: Path, tokens: Path, asked: list[Message]) -> Recorded:
+    """Return what the merged model expects."""
     size = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     in_float32 = 3 * size < (memory_bytes() or 0)  # the weights are 16 bits each: twice their size, and some room
     model = load_model(merged, torch.float32 if in_float32 else torch.bfloat16, "cpu")
+    arrange_linears(model)
     tokenizer = load_tokenizer(merged, "auto")
-    answers = answer_probes(model, tokenizer, tokens)
-    ids = tokenizer(render(tokenizer, asked, answer_next=True), add_special_tokens=False)["input_ids"]
-    (answer,) = write_answers(model, tokenizer, [ids])
+    held_out = held_out_probes(tokens)
+    prompts = general_prompts(tokenizer, asked)
+    answers = write_answers(model, tokenizer, prompts + [probe.ids[: probe.first + 1] for probe in held_out])
+    answer = answers.probes[0].ids[len(prompts[0]) :]
+    nats = sum(negative_log_likelihood(next_log_probabilities(model, probe), probe) for probe in held_out)
+    places = sum(len(probe.ids[probe.places]) for probe in held_out)
     return Recorded(
-        record_distributions(model, answers, scratch / "answers.npy", on_progress),
-        record_distributions(model, row_probes(tokens), scratch / "rows.npy", on_progress),
+        tokenizer,
+        answers,
+        held_out,
+        math.exp(nats / places) if places else None,
         dtype_name(model.dtype),
         tokenizer.decode(answer, skip_special_tokens=True).strip(),
     )
 
 
-def prove_file(path: Path, quantisation: str, merged: Path, recorded: Recorded) -> FileProof:
+def prove_file(path: Path, quantisation: str, recorded: Recorded) -> FileProof:
     """Return what a GGUF file gives beside the merged model, and each reason for which it is not that model. Raises
     ExportError where llama.cpp cannot load it."""
-    import llama_cpp
-
-    tokenizer = load_tokenizer(merged, "auto")
-    longest = max(len(probe.ids) for part in (recorded.answers, recorded.rows) for probe in part.probes)
-    threads = torch.get_num_threads()
-    with quiet_llama() as notes:
+    tokenizer = recorded.tokenizer
+    longest = max(len(probe.ids) for probe in recorded.answers.probes + recorded.held_out)
+    with quiet_llama():
         try:
-            model = llama_cpp.Llama(
-                str(path), n_ctx=longest, n_batch=longest, n_threads=threads, logits_all=True, verbose=False
-            )
-        except (ValueError, RuntimeError, OSError) as error:
-            raise ExportError(f"{path.name} cannot be loaded: {error} {notes[-1] if notes else ''}".strip()) from error
+            reader = LlamaReader(path, longest, torch.get_num_threads())
+        except ModelError as error:
+            raise ExportError(str(error)) from error
 
         def log_probabilities(probe: Probe) -> torch.Tensor:
-            model.reset()
-            model.eval(probe.ids)
-            return torch.from_numpy(np.array(model.scores[probe.places])).log_softmax(-1)
+            found = [logits.copy() for _, logits in reader.read(probe.ids[:-1], probe.first)]
+            return torch.from_numpy(np.stack(found)).log_softmax(-1)
 
         try:
-            found = compare_distributions(recorded.answers, log_probabilities)
-            perplexity = compare_distributions(recorded.rows, log_probabilities).perplexity
-            other = _first_other_tokens(model, tokenizer)
-            ends = _ends_turn(model, tokenizer)
-            template = model.metadata.get("tokenizer.chat_template")
-            eos = int(model.metadata.get("tokenizer.ggml.eos_token_id", -1))
+            found, perplexity = _read_likeness(recorded, log_probabilities)
+            other = _first_other_tokens(reader.model, tokenizer)
+            ends = reader.ends(_end_of_turn(tokenizer))
+            template = reader.model.metadata.get("tokenizer.chat_template")
+            eos = int(reader.model.metadata.get("tokenizer.ggml.eos_token_id", -1))
         finally:
-            model.close()
+            reader.close()
     least, most = next((limits for name, limits in LIMITS.items() if quantisation.startswith(name)), LOOSEST)
     same_template = template is not None and template.strip() == str(tokenizer.chat_template).strip()
     checks = [
@@ -146,9 +149,25 @@ def prove_file(path: Path, quantisation: str, merged: Path, recorded: Recorded) 
         divergence=found.divergence,
         most_divergence=most,
         perplexity=perplexity,
-        merged_perplexity=recorded.rows.perplexity,
+        merged_perplexity=recorded.perplexity,
         reasons=[reason for holds, reason in checks if not holds],
     )
+
+
+def _read_likeness(recorded: Recorded, model: Callable[[Probe], torch.Tensor]) -> tuple[Likeness, float | None]:
+    """Return how near a model is to the merged one in its answers, and its perplexity on the held-out ones; texts that
+    begin alike are read one after another."""
+    likeness, nats, places = Likeness(), 0.0, 0
+    answers = zip(recorded.answers.probes, recorded.answers.log_probabilities, strict=True)
+    pairs = [*answers, *((probe, None) for probe in recorded.held_out)]
+    for probe, expected in sorted(pairs, key=lambda pair: pair[0].ids):
+        found = model(probe)
+        if expected is not None:
+            likeness.add(found, expected)
+        else:
+            nats += negative_log_likelihood(found, probe)
+            places += len(found)
+    return likeness, math.exp(nats / places) if places else None
 
 
 def _first_other_tokens(model: Any, tokenizer: Any) -> str | None:
@@ -161,12 +180,9 @@ def _first_other_tokens(model: Any, tokenizer: Any) -> str | None:
     return None
 
 
-def _ends_turn(model: Any, tokenizer: Any) -> bool:
-    """Return whether llama.cpp stops at the token that the template puts after an answer."""
-    import llama_cpp
-
+def _end_of_turn(tokenizer: Any) -> int:
+    """Return the token that the template puts after an answer."""
     answered = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yes"}])
     after = tokenizer(answered.rpartition("yes")[2], add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    end = next((i for i in after if i in special), tokenizer.eos_token_id)
-    return bool(llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(model.model), end))
+    return int(next((i for i in after if i in special), tokenizer.eos_token_id))

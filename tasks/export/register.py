@@ -12,7 +12,6 @@ from tasks.core.settings import read_settings
 from tasks.core.store import Store
 from tasks.export.ollama import (
     check_name,
-    common_start,
     delete_model,
     is_reachable,
     move_alias,
@@ -21,6 +20,7 @@ from tasks.export.ollama import (
     shown_url,
 )
 from tasks.export.prompts import go_templates, prompt_cases
+from tasks.models.encode import common_start
 from tasks.models.tokenizer import load_tokenizer
 
 SMOKE_TOKENS = 48  # as many as llama.cpp may answer with

@@ -124,7 +124,7 @@ def convert_to_gguf(
         kind = pick_source(list(files), merged.dtype)
         source = folder / f"model-{kind}.gguf"
         report_progress("gguf", 0, len(files), f"converting to {kind.upper()}")
-        convert(place, source, kind)
+        convert(place, source, kind, model.trust_remote_code)
         if export.adapter_gguf:
             report_progress("gguf", 0, len(files), "converting the adapter")
             extras |= _write_adapter(store, model, base, adapter, place, source, folder)
@@ -199,7 +199,7 @@ def _write_adapter(
                 *(Path(rounded), model.trust_remote_code),
             )
             free_memory()
-            convert(Path(rounded), folder / names["base"])
+            convert(Path(rounded), folder / names["base"], "f16", model.trust_remote_code)
     return names
 
 
@@ -213,20 +213,15 @@ def prove_gguf(gguf: GgufRef, merged: ModelRef, tokens: TokensRef, store_url: st
         from tasks.models.load import free_memory
 
         source, files = store.local_folder(merged.artifact), store.local_folder(gguf.artifact)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            recorded = record_merged(
-                source,
-                store.local_folder(tokens.artifact),
-                ([{"role": "system", "content": gguf.system}] if gguf.system else [])
-                + [{"role": "user", "content": gguf.prompt}],
-                Path(scratch),
-                lambda done, total: report_progress("proof", done, total, "the merged model"),
-            )
-            free_memory()
-            proofs = {}
-            for done, (quantisation, name) in enumerate(gguf.files.items()):
-                report_progress("proof", done, len(gguf.files), name)
-                proofs[quantisation] = prove_file(files / name, quantisation, source, recorded)
+        asked = [{"role": "system", "content": gguf.system}] if gguf.system else []
+        asked.append({"role": "user", "content": gguf.prompt})
+        report_progress("proof", 0, len(gguf.files), "what the merged model answers")
+        recorded = record_merged(source, store.local_folder(tokens.artifact), asked)
+        free_memory()
+        proofs = {}
+        for done, (quantisation, name) in enumerate(gguf.files.items()):
+            report_progress("proof", done, len(gguf.files), name)
+            proofs[quantisation] = prove_file(files / name, quantisation, recorded)
         fields = {
             "files": {name: proof.model_dump() for name, proof in proofs.items()},
             "precision": recorded.precision,
@@ -249,7 +244,7 @@ def convert_base(model: ModelConfig, base: BaseRef, store_url: str) -> FileRef:
 
         report_progress("served", 0, 0, "converting the base")
         path = folder / "base-f16.gguf"
-        convert(open_base(store, base, model), path)
+        convert(open_base(store, base, model), path, "f16", model.trust_remote_code)
         return {"name": path.name, "sha256": file_sha256(path)}
 
     return stored(store, base_file_stage(base), FileRef, make)

@@ -9,7 +9,7 @@ Byte-level tokenizers are run by their fast twin (byte_level.py).
 import itertools
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -339,3 +339,9 @@ def _map_ids(path: Path, tokens: int) -> NDArray[np.uint32]:
 def read_ids(path: Path, start: int, stop: int) -> NDArray[np.uint32]:
     """Return some of the tokens that write_examples wrote, as a copy: pages of a mapped file would count as memory."""
     return np.fromfile(path.with_suffix(".ids"), "<u4", stop - start, offset=4 * start)
+
+
+def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many tokens, or characters, two texts share at their start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))

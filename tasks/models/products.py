@@ -66,6 +66,27 @@ def can_arrange() -> bool:
     )
 
 
+class ArrangedLinear(torch.nn.Module):
+    """A linear layer whose weight is kept as oneDNN wants it, and in no other form: for reading alone."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.arranged = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.arranged, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def arrange_linears(model: torch.nn.Module) -> None:
+    """Replace a model's plain linear layers, on a CPU, by those that oneDNN computes: in float32, with few rows, in
+    less than half the time."""
+    if can_arrange():
+        for name, module in list(model.named_modules()):
+            if type(module) is torch.nn.Linear:
+                model.set_submodule(name, ArrangedLinear(module))
+
+
 def frozen_head(model: Any) -> Product | None:
     """Return the vocabulary projection where it is a frozen plain one, else None."""
     head = model.get_output_embeddings()

@@ -62,8 +62,10 @@ def export_ours(base: Path, adapter: Path, tokens: Path, out: Path) -> dict[str,
     """Return the seconds of each stage of ours, over a store in `out`."""
     import shutil
 
-    import tasks.export.gguf
-    import tasks.export.merge  # noqa: F401
+    import tasks.export.converter
+    import tasks.export.merge
+    import tasks.export.ollama
+    import tasks.export.proof  # noqa: F401
     from tasks.core.config import ExportConfig, ModelConfig
     from tasks.core.records import AdapterRef, BaseRef, TokensRef
     from tasks.core.stages import Stage

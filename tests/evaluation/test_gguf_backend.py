@@ -58,7 +58,7 @@ def test_log_likelihoods_are_those_of_the_model(backend: GgufLM, library: HFLM) 
 def test_what_is_shared_with_the_request_before_changes_nothing(backend: GgufLM) -> None:
     together = backend.loglikelihood(asked(*REQUESTS), disable_tqdm=True)
     for request, found in zip(REQUESTS, together, strict=True):
-        backend.past, backend.branch = [], None
+        backend.reader.past, backend.reader.branch = [], None
         alone = backend.loglikelihood(asked(request), disable_tqdm=True)[0]
         assert alone[0] == pytest.approx(found[0], abs=5e-3)
         assert alone[1] == found[1]

@@ -254,6 +254,21 @@ def test_what_cannot_be_converted_is_told_in_the_converters_words(
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_code_that_a_folder_brings_along_is_not_run_by_the_converter(tmp_path: Path) -> None:
+    folder = write_family("qwen2", tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    named = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    ran = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
+    (folder / "evil.py").write_text(code)
+    convert_to_gguf(folder, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").is_file() and not ran.exists()
+    with pytest.raises(ExportError):
+        convert_to_gguf(folder, tmp_path / "out.gguf", trust_remote_code=True)
+    assert ran.exists(), "it would run where it is asked for"
+
+
 # --- importance matrix ------------------------------------------------------------------------------------------------
 
 
