@@ -18,6 +18,8 @@ from tasks.export.distributions import (
 from tasks.models.load import dtype_name, load_model, load_shipped
 from tasks.models.tokenizer import load_tokenizer
 
+SHARD = "5GB"
+
 
 def compare_merges(
     base: Path,
@@ -66,7 +68,7 @@ def write_merged(
 
     On the CPU: the merged weights must be those that were scored, and a GPU may be busy or too small."""
     model = load_shipped(base, adapter, method, dtype, "cpu", trust_remote_code, strength)
-    model.save_pretrained(out, safe_serialization=True)
+    model.save_pretrained(out, max_shard_size=SHARD)
     load_tokenizer(base, template, trust_remote_code).save_pretrained(out)
     suit_older_readers(out)
     return {"dtype": dtype_name(dtype)}

@@ -1,5 +1,6 @@
 """`forgetless chat`: a run of the real 135M model in all its forms, the layouts, the commands and the mistakes."""
 
+import fcntl
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -283,6 +285,12 @@ def test_what_no_longer_fits_is_left_out_with_a_note_and_too_much_is_refused(
     assert questions == [400, 400, 0], "the chat went on without the question that was too long"
 
 
+def take_terminal() -> None:
+    """Make standard input this process's terminal, and Ctrl-C its own: what runs in the background ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_chat_in_a_terminal_is_stopped_and_left(tmp_path: Path) -> None:
     """Through a real terminal: Ctrl-C stops an answer, and at the prompt nothing; Ctrl-D ends the chat."""
     path = locate_base(recipe().model).path
@@ -294,7 +302,7 @@ def test_a_chat_in_a_terminal_is_stopped_and_left(tmp_path: Path) -> None:
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     seen = ""
@@ -326,7 +334,10 @@ def test_a_chat_in_a_terminal_is_stopped_and_left(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_of_one_and_the_other_goes_on(
-    speakers: list[Speaker], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    speakers: list[Speaker],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     base, tuned = speakers
     stream = base.model.stream
@@ -338,6 +349,8 @@ def test_ctrl_c_stops_the_answer_of_one_and_the_other_goes_on(
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(base.model, "stream", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for width in (80, 120):
         base.turns, tuned.turns = [], []
         assert tuned.turns == []

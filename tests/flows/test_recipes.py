@@ -32,7 +32,7 @@ def test_every_recipe_plans_offline(name: str, tmp_path: Path, capsys: pytest.Ca
     assert main(["plan", name, "--json", "--store", str(tmp_path / "store")]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert {s["action"] for s in plan["stages"][:-2]} == {"compute"}
-    assert len(plan["stages"]) == 12
+    assert len(plan["stages"]) == 13
     assert len(plan["notes"]) == (2 if name in HUB else 0)
     assert all("cannot be reached" in n and n.endswith("what the store already has for it.") for n in plan["notes"])
 
