@@ -6,6 +6,7 @@ from typing import Any
 
 from tasks.core.errors import ConfigError
 from tasks.core.hardware import device_class
+from tasks.models.tokenizer import save_tokenizer
 
 MEMORY_SHARE = 0.85  # of the GPU
 
@@ -27,7 +28,7 @@ def open_vllm(model: Any, tokenizer: Any, folder: Path) -> Any:
 
     check_vllm()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     model.to("cpu")
     return VLLM(
         pretrained=str(folder),

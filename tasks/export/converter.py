@@ -1,10 +1,11 @@
-"""llama.cpp's converter of Hugging Face folders, with two gaps in its reading of tokenizers closed, and without the
+"""llama.cpp's converter of Hugging Face folders, with three gaps in its reading of tokenizers closed, and without the
 code that a folder may bring along.
 
 It knows a byte-level BPE tokenizer by a checksum of the ids it gives, so one with words of its own is refused, although
-its text is split as a known one's is: such a tokenizer is known by that split here. And of a SentencePiece BPE that
-comes as tokenizer.json alone it writes the same score for every token, where llama.cpp merges by score: here a token's
-score is its place among the merges.
+its text is split as a known one's is: such a tokenizer is known by that split here. Of a SentencePiece BPE that comes
+as tokenizer.json alone it writes the same score for every token, where llama.cpp merges by score: here a token's score
+is its place among the merges. And it leaves llama.cpp to put a space after every special token, which the tokenizers of
+Llama 2 and Mistral do not: here the file says what the tokenizer does.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import gguf
 import torch
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 from conversion.base import TextModel
+from transformers import AutoTokenizer
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -81,6 +83,21 @@ def by_checksum_or_structure(model: Any, tokenizer: Any) -> str:
         return name
 
 
+def puts_space_after_special(folder: Path) -> bool:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    first = tokenizer.tokenize(f"{tokenizer.bos_token or tokenizer.eos_token}x")[1]
+    return bool(first.startswith("▁"))
+
+
+def write_space_prefix(writer: gguf.GGUFWriter, folder: Path) -> None:
+    """Write whether llama.cpp is to put a space after a special token, where the vocabulary is SentencePiece's."""
+    keys = gguf.Keys.Tokenizer
+    written = writer.kv_data[0]
+    if written[keys.MODEL].value == "llama":
+        written.pop(keys.ADD_PREFIX, None)
+        writer.add_add_space_prefix(puts_space_after_special(folder))
+
+
 by_checksum = TextModel.get_vocab_base_pre
 gguf.LlamaHfVocab = MergedVocab  # type: ignore[misc]
 TextModel.get_vocab_base_pre = by_checksum_or_structure
@@ -92,11 +109,17 @@ def convert(folder: Path, out: Path, kind: str, trust_remote_code: bool) -> None
     with contextlib.ExitStack() as stack:
         for name in ("hf-to-gguf", "gguf", "metadata"):
             stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
-        place = folder if trust_remote_code else stack.enter_context(_without_code(folder))
+        place = folder if trust_remote_code else stack.enter_context(without_code(folder))
         stack.enter_context(torch.inference_mode())
         architecture = get_model_architecture(ModelBase.load_hparams(place, False), ModelType.TEXT)
         model = get_model_class(architecture)(place, gguf.LlamaFileType[KINDS[kind]], out)
-        write = model.gguf_writer.write_tensors_to_file
+        write, write_vocabulary = model.gguf_writer.write_tensors_to_file, model.set_vocab
+
+        def write_whole_vocabulary() -> None:
+            write_vocabulary()
+            write_space_prefix(model.gguf_writer, place)
+
+        model.set_vocab = write_whole_vocabulary
         model.gguf_writer.write_tensors_to_file = lambda progress: write()  # without a bar of its own
         model.write()
 
@@ -112,7 +135,7 @@ def _level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_code(folder: Path) -> Iterator[Path]:
+def without_code(folder: Path) -> Iterator[Path]:
     """Yield a folder that names no code of its own: the converter would load a tokenizer's class from wherever its
     settings say."""
     settings = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*config.json")}

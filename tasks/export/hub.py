@@ -111,9 +111,9 @@ def place_adapter(
     else:
         _scale_lora(weights_file, target / weights_file.name, adapter.strength)
     (target / settings_file.name).write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
-    from tasks.models.tokenizer import load_tokenizer
+    from tasks.models.tokenizer import load_tokenizer, save_tokenizer
 
-    load_tokenizer(base_folder, base.template, trust_remote_code).save_pretrained(target)
+    save_tokenizer(load_tokenizer(base_folder, base.template, trust_remote_code), target)
     _free_tokenizer(target)
 
 

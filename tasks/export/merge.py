@@ -16,7 +16,7 @@ from tasks.export.distributions import (
     row_probes,
 )
 from tasks.models.load import dtype_name, load_model, load_shipped
-from tasks.models.tokenizer import load_tokenizer
+from tasks.models.tokenizer import load_tokenizer, save_tokenizer
 
 SHARD = "5GB"
 
@@ -69,7 +69,7 @@ def write_merged(
     On the CPU: the merged weights must be those that were scored, and a GPU may be busy or too small."""
     model = load_shipped(base, adapter, method, dtype, "cpu", trust_remote_code, strength)
     model.save_pretrained(out, max_shard_size=SHARD)
-    load_tokenizer(base, template, trust_remote_code).save_pretrained(out)
+    save_tokenizer(load_tokenizer(base, template, trust_remote_code), out)
     suit_older_readers(out)
     return {"dtype": dtype_name(dtype)}
 

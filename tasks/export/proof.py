@@ -44,13 +44,12 @@ LIMITS = {
     "iq4": (0.80, 0.3),
 }
 LOOSEST = (0.5, 1.5)  # three bits and fewer
-# What tokenizers differ on: scripts, emoji, code, runs of spaces. None begins with a space: before the first of a text
-# some tokenizers put no other, and llama.cpp does; a rendered conversation never begins so.
+# What tokenizers differ on: scripts, emoji, code, runs of spaces.
 TOKEN_PROBES = (
     "Hello, world! It's 3.14, or 1,000,000?\n\n\tdef f(x):\r\n        return x  # 缩进  ",
     "你好，世界！《红楼梦》第１回。繁體字與简体字，日本語のテキスト、한국어 문장。",
     "🙂👨‍👩‍👧🇨🇳 𠀀𪚥 naïve café Привет мир! שלום مرحبا हिन्दी ไทย",
-    "trailing   \n\n\n   leading, and    inner\tspaces \u3000\xa0\u200b",
+    "  leading and trailing   \n\n\n   leading, and    inner\tspaces \u3000\xa0\u200b",
     "we'll I'M they'VE 'twas ''' ___ a_b-c.d/e\\f {{name}} $x^2$ `code` <b>bold</b>",
     "SELECT * FROM t WHERE a >= 1; -- 注释\nfor (int i = 0; i < n; ++i) { s += x[i]; }",
     "2024年1月15日 13:05, ￥1,299.00 (含税)，电话：010-12345678",
@@ -173,11 +172,12 @@ def _read_likeness(recorded: Recorded, model: Callable[[Probe], torch.Tensor]) -
 
 
 def _first_other_tokens(model: Any, tokenizer: Any) -> str | None:
-    """Return the first probe that llama.cpp splits into other tokens than the tokenizer; None where there is none."""
-    chat = render(tokenizer, [{"role": "user", "content": "你好 🙂"}, {"role": "assistant", "content": "Hi!\n"}])
-    for probe in (*TOKEN_PROBES, chat):
-        expected = tokenizer(probe, add_special_tokens=False)["input_ids"]
-        if model.tokenize(probe.encode(), add_bos=False, special=True) != expected:
+    """Return the first probe that llama.cpp splits into other tokens than the tokenizer when it is asked and answered
+    in a conversation; None where there is none."""
+    for probe in TOKEN_PROBES:
+        chat = render(tokenizer, [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}])
+        expected = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        if model.tokenize(chat.encode(), add_bos=False, special=True) != expected:
             return probe
     return None
 

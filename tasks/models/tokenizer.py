@@ -5,6 +5,7 @@ transformers' AutoTokenizer imports torch, which takes seconds: processes that o
 
 import contextlib
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ def load_tokenizer(folder: Path, template: str | None, trust_remote_code: bool =
     if template is not None:
         apply_named_template(tokenizer, template, str(folder))
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as a Hugging Face folder. transformers 5 forgets `legacy`, by which Llama's puts a space after
+    every special token or after none: read again, it gave other ids."""
+    tokenizer.save_pretrained(folder)
+    if (legacy := getattr(tokenizer, "legacy", None)) is not None:
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"legacy": legacy}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

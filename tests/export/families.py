@@ -19,6 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tasks.models.tokenizer import save_tokenizer
+
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind.",
     "In 2024 there were 12345 parcels; 678 of them came back within 14 days.",
@@ -76,9 +78,9 @@ def byte_level_bpe(split: str, special: list[str], names: dict[str, str]) -> Any
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def sentencepiece_bpe(folder: Path) -> Any:
+def sentencepiece_bpe(folder: Path, legacy: bool) -> Any:
     """Return a SentencePiece BPE with byte fallback, as Llama 2's and Mistral's are; only tokenizer.json is kept of it,
-    as transformers does."""
+    as transformers does. A legacy one puts a space after every special token."""
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
@@ -94,7 +96,7 @@ def sentencepiece_bpe(folder: Path) -> Any:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": legacy}
     settings = {"tokenizer_class": "LlamaTokenizer", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
@@ -115,7 +117,8 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "llama 3": (LlamaForCausalLM, {"rope_theta": 500_000.0}, LLAMA3, LLAMA3_TEMPLATE),
     "qwen2": (Qwen2ForCausalLM, {"tie_word_embeddings": False}, QWEN2, CHATML_TEMPLATE),
     "qwen2, tied": (Qwen2ForCausalLM, {"tie_word_embeddings": True}, QWEN2, CHATML_TEMPLATE),
-    "mistral": (MistralForCausalLM, {"sliding_window": None, "head_dim": 32}, None, INST_TEMPLATE),
+    "llama, legacy": (LlamaForCausalLM, {}, True, INST_TEMPLATE),
+    "mistral": (MistralForCausalLM, {"sliding_window": None, "head_dim": 32}, False, INST_TEMPLATE),
 }
 
 
@@ -123,7 +126,7 @@ def write_family(name: str, folder: Path, **sizes: int) -> Path:
     """Write a tiny random model of a family with its tokenizer as a Hugging Face folder."""
     folder.mkdir(exist_ok=True)
     kind, options, split, template = FAMILIES[name]
-    tokenizer = byte_level_bpe(*split) if split else sentencepiece_bpe(folder)
+    tokenizer = byte_level_bpe(*split) if isinstance(split, tuple) else sentencepiece_bpe(folder, split)
     tokenizer.chat_template = template
     torch.manual_seed(0)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -133,5 +136,5 @@ def write_family(name: str, folder: Path, **sizes: int) -> Path:
             if key.endswith("bias"):  # Qwen 2's begin at nothing
                 weight.normal_(std=0.2)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return folder

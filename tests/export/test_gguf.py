@@ -21,7 +21,7 @@ from tasks.core.records import AdapterRef, BaseRef, ModelRef, TokensRef
 from tasks.core.stages import Stage, gguf_stage
 from tasks.core.store import FileStore, stored
 from tasks.export.adapter import write_adapter
-from tasks.export.converter import name_pre_tokenizer
+from tasks.export.converter import name_pre_tokenizer, without_code
 from tasks.export.gguf import convert_to_gguf, pick_source, quantise_gguf
 from tasks.export.imatrix import ImportanceMatrix, draw_chunks, measure_importance, write_importance
 from tasks.export.merge import write_merged
@@ -98,10 +98,13 @@ def test_a_familys_adapter_is_the_same_merged_in_gguf_and_as_an_adapter_there(na
     write_merged(base, adapter, "lora", "auto", torch.float32, merged, False, strength)
     convert_to_gguf(merged, tmp_path / "merged.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    rows = [tokenizer(text)["input_ids"] for text in PROBES]
+    texts = [f"{tokenizer.bos_token or tokenizer.eos_token}{text}" for text in PROBES]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    given = AutoTokenizer.from_pretrained(base)
+    assert [given(text, add_special_tokens=False)["input_ids"] for text in texts] == rows
     with quiet_llama():
         vocabulary = llama_cpp.Llama(str(tmp_path / "merged.gguf"), vocab_only=True, verbose=False)
-        assert [vocabulary.tokenize(text.encode(), add_bos=True) for text in PROBES] == rows
+        assert [vocabulary.tokenize(text.encode(), add_bos=False, special=True) for text in texts] == rows
         assert vocabulary.metadata["tokenizer.chat_template"] == tokenizer.chat_template
         vocabulary.close()
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
@@ -269,10 +272,12 @@ def test_code_that_a_folder_brings_along_is_not_run_by_the_converter(tmp_path: P
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
     (folder / "evil.py").write_text(code)
     convert_to_gguf(folder, tmp_path / "out.gguf")
+    with without_code(folder) as bare:  # some architectures' converters load a tokenizer so
+        assert AutoTokenizer.from_pretrained(bare, trust_remote_code=True)("Hi").input_ids
     assert not ran.exists()
-    with pytest.raises(ExportError):
-        convert_to_gguf(folder, tmp_path / "out.gguf", trust_remote_code=True)
-    assert ran.exists(), "it runs where it is asked for"
+    with pytest.raises(AttributeError):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert ran.exists(), "it runs where it is not taken away"
 
 
 # --- importance matrix ------------------------------------------------------------------------------------------------
