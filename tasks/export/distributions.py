@@ -15,7 +15,7 @@ from tasks.models.template import Message, render
 ROWS, ROW_TOKENS = 12, 128
 TIE = 0.1  # nats by which two tokens differ that are as likely, for every reader
 # A proof costs what these are, times the files: short prompts, for few tokens are read beside those that count.
-PROMPTS, PROMPTS_OF, PROMPT_TOKENS, ANSWER_TOKENS = 3, 64, 256, 40
+PROMPTS, PROMPTS_OF, PROMPT_TOKENS, ANSWER_TOKENS = 2, 64, 256, 40
 GENERAL = ("How do I sort a list in Python?", "为什么天空是蓝色的？")
 
 

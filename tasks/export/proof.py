@@ -139,7 +139,7 @@ def prove_file(path: Path, quantisation: str, recorded: Recorded) -> FileProof:
     return FileProof(
         sha256=file_sha256(path),
         size_bytes=path.stat().st_size,
-        probes=len(TOKEN_PROBES) + 1,
+        probes=len(TOKEN_PROBES),
         same_tokens=other is None,
         same_template=same_template,
         ends_answers=ends and eos == tokenizer.eos_token_id,

@@ -8,6 +8,7 @@ process of its own, one after another; seconds count from the loaded libraries o
 import argparse
 import ctypes
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def measure(repeats: int, work: Path) -> dict[str, Any]:
         for name in PARTS:
             out = work / f"{name.replace(' ', '-')}-{repeat}"
             command = [sys.executable, "-m", "tests.bench.export", "--part", name, base, adapter, tokens, out]
+            os.sync()  # ours waits until its files are on the disk: not also for those of the run before
             runs[name].append(run(command, work / f"{out.name}.log", **library_settings()))
     ratios = {}
     for unit in ("total", "cpu_seconds"):
