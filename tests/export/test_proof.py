@@ -54,7 +54,7 @@ def test_an_f16_file_is_the_model(smollm: tuple[Path, Recorded], smollm_folder: 
     assert (proof.same_tokens, proof.same_template, proof.ends_answers) == (True, True, True)
     assert proof.agreement >= 0.99
     assert proof.divergence <= 0.01
-    assert proof.places > 150
+    assert proof.places > 120
     assert "Paris" in smollm[1].answer
     assert proof.perplexity == pytest.approx(proof.merged_perplexity, rel=0.01)
     assert proof.summary.startswith("proven: same tokens, template and ends; most likely token the same at ")
