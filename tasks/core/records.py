@@ -406,7 +406,7 @@ class FileProof(Record):
     ties: float
     """Share with another that the merged model holds as likely, within 0.1 nats."""
     least_agreement: float
-    """Of both together."""
+    """Of both together: of the upper end of their 95 % interval."""
     divergence: float
     """Mean Kullback-Leibler divergence of the file from the merged model, nats a token."""
     most_divergence: float

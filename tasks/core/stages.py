@@ -208,4 +208,4 @@ def gguf_stage(config: ExportConfig, base: BaseRef, adapter: TrainedRef, merged:
 
 def proof_stage(gguf: GgufRef, merged: ModelRef, tokens: TokensRef) -> Stage:
     section = {"sha256": {name: gguf.sha256[name] for name in gguf.files}}
-    return Stage("proof", 1, [merged.artifact.content, tokens.digest], section)
+    return Stage("proof", 2, [merged.artifact.content, tokens.digest], section)

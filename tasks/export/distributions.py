@@ -1,5 +1,6 @@
 """What a model expects next, over fixed texts, recorded so that others can be held against it one at a time."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,13 @@ class Likeness:
     def ties(self) -> float:
         """The share with another most likely token, which the recorded one holds as likely (TIE)."""
         return self.tied / self.places
+
+    @property
+    def alike_at_most(self) -> float:
+        """The upper end of Wilson's 95 % interval on agreement and ties together: these places are few of many."""
+        share, z = self.agreement + self.ties, 1.96
+        spread = z * math.sqrt(share * (1 - share) / self.places + z**2 / (2 * self.places) ** 2)
+        return (share + z**2 / (2 * self.places) + spread) / (1 + z**2 / self.places)
 
 
 def row_probes(tokens: Path) -> list[Probe]:

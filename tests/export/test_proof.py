@@ -12,7 +12,12 @@ from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model
 
 from tasks.core.errors import ExportError
-from tasks.export.distributions import compare_distributions, negative_log_likelihood, next_log_probabilities
+from tasks.export.distributions import (
+    Likeness,
+    compare_distributions,
+    negative_log_likelihood,
+    next_log_probabilities,
+)
 from tasks.export.gguf import quantise_gguf
 from tasks.export.merge import compare_merges
 from tasks.export.proof import Recorded, prove_file, record_merged
@@ -115,6 +120,16 @@ def test_a_file_cut_short_is_said(smollm: tuple[Path, Recorded], smollm_folder: 
     path.write_bytes(smollm[0].read_bytes()[:1_000_000])
     with pytest.raises(ExportError, match="model.gguf cannot be loaded"):
         prove_file(path, "f16", smollm[1])
+
+
+def test_the_share_of_few_places_is_known_roughly() -> None:
+    likeness = Likeness()
+    likeness.places, likeness.same, likeness.tied = 10, 8, 1
+    assert likeness.alike_at_most == pytest.approx(0.982, abs=5e-4)  # the textbook's for 9 of 10
+    likeness.places, likeness.same, likeness.tied = 183, 172, 5
+    assert likeness.alike_at_most == pytest.approx(0.985, abs=5e-4)
+    likeness.same = likeness.tied = 0
+    assert likeness.alike_at_most < 0.03
 
 
 def test_likeness_of_distributions_that_are_known(smollm_folder: Path, tmp_path: Path) -> None:
