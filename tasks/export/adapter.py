@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tasks.core.errors import ExportError
-from tasks.export.gguf import read_tensor_names
+from tasks.models.base import read_tensor_names
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import gguf
-
 from tasks.core.errors import ExportError
-from tasks.models.base import read_gguf_metadata
 from tasks.models.llama import quiet_llama
 
 if TYPE_CHECKING:
@@ -70,14 +67,6 @@ def quantise_gguf(source: Path, out: Path, quantisation: str, matrix: "Importanc
         out.unlink(missing_ok=True)
         why = messages[-1].rpartition("failed to quantize: ")[2].rstrip(".!") if messages else f"code {code}"
         raise ExportError(f"Quantising {source.name} to {quantisation} failed: {why}.")
-
-
-def read_tensor_names(path: Path) -> tuple[str, gguf.TensorNameMap]:
-    """Return a GGUF file's architecture, and the names of its tensors by those in Hugging Face's format."""
-    metadata = read_gguf_metadata(path)
-    architecture = metadata["general.architecture"]
-    (known,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return architecture, gguf.get_tensor_name_map(known, int(metadata[f"{architecture}.block_count"]))
 
 
 def generate_sample(path: Path, prompt: str, system: str | None, max_tokens: int = 48) -> Sample:

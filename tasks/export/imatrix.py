@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
 from tasks.core.hardware import device_class
-from tasks.export.gguf import read_tensor_names
+from tasks.models.base import read_tensor_names
 from tasks.models.encode import read_examples
 from tasks.models.load import free_memory, load_model, pick_dtype
 

@@ -160,6 +160,16 @@ def read_gguf_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
+def read_tensor_names(path: Path) -> tuple[str, Any]:
+    """Return a GGUF file's architecture, and gguf's map to the names of its tensors from Hugging Face's."""
+    import gguf
+
+    metadata = read_gguf_metadata(path)
+    architecture = metadata["general.architecture"]
+    (known,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return architecture, gguf.get_tensor_name_map(known, int(metadata[f"{architecture}.block_count"]))
+
+
 def _folder_content(folder: Path) -> str:
     weights = list(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
