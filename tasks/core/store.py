@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlparse
@@ -26,6 +27,15 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPE
 RecordType = TypeVar("RecordType", bound=ArtifactRecord)
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a store: its path there, bytes, and when it was written by the store's clock, seconds since 1970."""
+
+    path: str
+    size: int
+    written: float
+
+
 class Store(Protocol):
     url: str
 
@@ -35,8 +45,21 @@ class Store(Protocol):
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a small object, atomically."""
 
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        """Write a small object where there is none, atomically: of several writers one gets True. The same bytes there
+        already are one's own, written before an answer that was lost: True too."""
+
+    def delete(self, path: str) -> None:
+        """Delete a small object or a folder, where there is one; of an artifact the marker first."""
+
     def list_folders(self, path: str) -> list[str]:
         """Return the names of the folders directly under `path`."""
+
+    def list_files(self, path: str) -> Iterator[StoredFile]:
+        """Yield every file under `path`, at any depth."""
+
+    def clock(self) -> float:
+        """Return the time by the store's own clock, seconds since 1970: the same for all who share it."""
 
     def work_folder(self) -> contextlib.AbstractContextManager[Path]:
         """Yield an empty local folder that is removed afterwards, on the disk that artifacts are moved to."""
@@ -57,6 +80,8 @@ def open_store(settings: Settings) -> Store:
     if url.scheme == "file":
         return FileStore(Path(unquote(url.path)))
     if url.scheme == "s3" and url.netloc:
+        from tasks.core.s3 import S3Store
+
         return S3Store(url.netloc, url.path.strip("/"), settings.cache)
     raise StoreError(f"{settings.store_url} is not a store: expected a folder, file:///folder or s3://bucket/prefix.")
 
@@ -165,6 +190,51 @@ class FileStore:
                 litter.unlink(missing_ok=True)
             raise StoreError(describe_os_error(error, f"write {path} to {self.url}")) from error
 
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        target = self._path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.link(file.name, target)
+            return True
+        except FileExistsError:
+            return self.read_bytes(path) == data
+        except OSError as error:
+            raise StoreError(describe_os_error(error, f"write {path} to {self.url}")) from error
+
+    def delete(self, path: str) -> None:
+        target = self._path(path)
+        try:
+            (target / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(target)
+        except NotADirectoryError:
+            target.unlink(missing_ok=True)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreError(describe_os_error(error, f"delete {path} from {self.url}")) from error
+
+    def list_files(self, path: str) -> Iterator[StoredFile]:
+        root = self.root.resolve()
+        for folder, _, names in os.walk(self._path(path)):
+            for name in names:
+                file = Path(folder) / name
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    facts = file.stat()
+                    yield StoredFile(file.relative_to(root).as_posix(), facts.st_size, facts.st_mtime)
+
+    def clock(self) -> float:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".clock.") as file:  # a shared disk has its own
+                return os.stat(file.name).st_mtime
+        except OSError as error:
+            raise StoreError(describe_os_error(error, f"write to {self.url}")) from error
+
     def list_folders(self, path: str) -> list[str]:
         folder = self._path(path)
         return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
@@ -202,115 +272,3 @@ class FileStore:
 
     def local_folder(self, ref: ArtifactRef) -> Path:
         return self._path(f"artifacts/{ref.kind}/{ref.key}")
-
-
-class S3Store:
-    """A bucket and prefix of any S3-compatible service; endpoint and credentials from the usual AWS variables."""
-
-    def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
-        import boto3
-        from botocore.config import Config
-
-        # Checksums only where required: several S3-compatible services reject the newer default.
-        config = Config(
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"mode": "standard", "max_attempts": 5},
-        )
-        self.client = boto3.client("s3", config=config)
-        self.bucket, self.prefix = bucket, prefix
-        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.cache = cache
-
-    def _key(self, path: str) -> str:
-        return f"{self.prefix}/{path}".lstrip("/")
-
-    def read_bytes(self, path: str) -> bytes | None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            body: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
-            return body
-        except self.client.exceptions.NoSuchKey:
-            return None
-        except (BotoCoreError, ClientError) as error:
-            raise self._error(f"read {path}", error) from error
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
-        except (BotoCoreError, ClientError) as error:
-            raise self._error(f"write {path}", error) from error
-
-    def list_folders(self, path: str) -> list[str]:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        prefix = self._key(path) + "/"
-        try:
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=prefix, Delimiter="/"
-            )
-            return sorted(
-                entry["Prefix"][len(prefix) :].rstrip("/") for page in pages for entry in page.get("CommonPrefixes", [])
-            )
-        except (BotoCoreError, ClientError) as error:
-            raise self._error(f"list {path}", error) from error
-
-    @contextlib.contextmanager
-    def work_folder(self) -> Iterator[Path]:
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.cache, prefix="work-") as folder:
-            yield Path(folder)
-
-    def kept_folder(self, name: str) -> Path:
-        return self.cache / "work" / name
-
-    def upload(self, folder: Path, path: str, marker: bytes) -> None:
-        from boto3.exceptions import S3UploadFailedError
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-                name = file.relative_to(folder).as_posix()
-                self.client.upload_file(str(file), self.bucket, self._key(f"{path}/{name}"))
-        except (BotoCoreError, ClientError, S3UploadFailedError) as error:
-            raise self._error(f"write {path}", error) from error
-        self.write_bytes(f"{path}/{MARKER}", marker)
-
-    def local_folder(self, ref: ArtifactRef) -> Path:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        target = self.cache / "artifacts" / ref.kind / ref.content
-        if target.is_dir():
-            return target
-        path = f"artifacts/{ref.kind}/{ref.key}"
-        marker = self.read_bytes(f"{path}/{MARKER}")
-        if marker is None:
-            raise StoreError(f"{ref.uri} is not in the store any more. Run again to make it anew.")
-        with self.work_folder() as folder:
-            for name, facts in json.loads(marker)["files"].items():
-                file = (folder / name).resolve()
-                if not file.is_relative_to(folder.resolve()):
-                    raise StoreError(f"{ref.uri} names a file outside its folder: {name!r}.")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    self.client.download_file(self.bucket, self._key(f"{path}/{name}"), str(file))
-                except (BotoCoreError, ClientError) as error:
-                    raise self._error(f"read {path}/{name}", error) from error
-                if file_sha256(file) != facts["sha256"]:
-                    raise StoreError(f"{ref.uri}/{name} has other bytes than were written. Delete it and run again.")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError, OSError):  # another process may have finished it first
-                folder.rename(target)
-                folder.mkdir()
-        if not target.is_dir():
-            raise StoreError(f"{ref.uri} could not be kept in the cache {self.cache}. Check its free space.")
-        return target
-
-    def _error(self, what: str, error: Exception) -> StoreError:
-        return StoreError(
-            f"Could not {what} in {self.url}: {error}. Check AWS_ENDPOINT_URL_S3, the credentials and that the bucket "
-            "exists; forgetless doctor tests it."
-        )

@@ -183,7 +183,7 @@ def _status_sentence(where: str, status: int, phrase: str) -> str:
 
 
 def _client() -> Any:
-    from tasks.core.store import S3Store
+    from tasks.core.s3 import S3Store
 
     return S3Store("", "", read_settings().cache).client  # its set-up: endpoint, credentials, retries, checksums
 

@@ -3,15 +3,17 @@
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tasks.core.errors import StoreError
 from tasks.core.records import ModelRef
+from tasks.core.s3 import S3Store
 from tasks.core.settings import Settings, read_settings
 from tasks.core.stages import Stage
-from tasks.core.store import FileStore, S3Store, Store, check_writable, find_artifact, open_store, stored
+from tasks.core.store import FileStore, Store, check_writable, find_artifact, open_store, stored
 
 STAGE = Stage("merged", 1, ["abc"], {"dtype": "float32"})
 
@@ -96,6 +98,36 @@ def test_small_objects_and_folders_are_listed(any_store: Store) -> None:
     assert any_store.list_folders("runs") == ["a", "b"]
     assert any_store.list_folders("nothing") == []
     check_writable(any_store)
+
+
+def test_of_two_writers_one_creates(any_store: Store) -> None:
+    assert any_store.create_bytes("registry/a/1.json", b"first")
+    assert not any_store.create_bytes("registry/a/1.json", b"second")
+    assert any_store.create_bytes("registry/a/1.json", b"first"), "one's own"
+    assert any_store.read_bytes("registry/a/1.json") == b"first"
+
+
+def test_of_many_writers_at_once_one_creates(any_store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for place in range(5):
+            won = list(pool.map(lambda i, p=place: any_store.create_bytes(f"a/{p}", b"%d" % i), range(8)))
+            assert sum(won) == 1
+            assert any_store.read_bytes(f"a/{place}") == b"%d" % won.index(True)
+
+
+def test_files_are_listed_with_the_stores_time_and_deleted(any_store: Store) -> None:
+    before = any_store.clock()
+    for path in ("a/1", "a/b/2", "ab/3"):
+        any_store.write_bytes(path, path.encode())
+    found = sorted(any_store.list_files("a"), key=lambda file: file.path)
+    assert [(file.path, file.size) for file in found] == [("a/1", 3), ("a/b/2", 5)]
+    assert all(before - 2 <= file.written <= any_store.clock() + 2 for file in found)
+    assert len(list(any_store.list_files(""))) == 3
+    any_store.delete("a/1")
+    assert [file.path for file in any_store.list_files("a")] == ["a/b/2"]
+    any_store.delete("a")
+    any_store.delete("a")
+    assert [file.path for file in any_store.list_files("")] == ["ab/3"]
 
 
 def test_wrong_bytes_from_s3_are_detected(any_store: Store) -> None:

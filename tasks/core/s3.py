@@ -1,0 +1,174 @@
+"""The store in a bucket of any S3-compatible service; endpoint, region and credentials from the usual AWS variables."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from tasks.core.digest import file_sha256
+from tasks.core.errors import StoreError
+from tasks.core.records import ArtifactRef
+from tasks.core.store import MARKER, StoredFile
+
+
+class S3Store:
+    """A bucket and prefix."""
+
+    def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
+        import boto3
+        from botocore.config import Config
+
+        # Checksums only where required: several S3-compatible services reject the newer default.
+        config = Config(
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "max_attempts": 5},
+        )
+        self.client = boto3.client("s3", config=config)
+        self.bucket, self.prefix = bucket, prefix
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.cache = cache
+
+    def _key(self, path: str) -> str:
+        return f"{self.prefix}/{path}".lstrip("/")
+
+    def read_bytes(self, path: str) -> bytes | None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            body: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"].read()
+            return body
+        except self.client.exceptions.NoSuchKey:
+            return None
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"read {path}", error) from error
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"write {path}", error) from error
+
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        while True:
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                match error.response["ResponseMetadata"].get("HTTPStatusCode"):
+                    case 412:
+                        return self.read_bytes(path) == data
+                    case 409:  # another writer is at it: who was first is known at the next try
+                        continue
+                raise self._error(f"write {path}", error) from error
+            except BotoCoreError as error:
+                raise self._error(f"write {path}", error) from error
+
+    def delete(self, path: str) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            for key in (f"{path}/{MARKER}", path):
+                self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+            for file in list(self.list_files(path)):
+                self.client.delete_object(Bucket=self.bucket, Key=self._key(file.path))
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"delete {path}", error) from error
+
+    def list_files(self, path: str) -> Iterator[StoredFile]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        prefix = self._key(path).rstrip("/") + "/" if self._key(path) else ""
+        try:
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                for entry in page.get("Contents", []):
+                    name = entry["Key"].removeprefix(self.prefix).lstrip("/")
+                    yield StoredFile(name, entry["Size"], entry["LastModified"].timestamp())
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"list {path}", error) from error
+
+    def clock(self) -> float:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            headers = self.client.head_bucket(Bucket=self.bucket)["ResponseMetadata"]["HTTPHeaders"]
+        except (BotoCoreError, ClientError) as error:
+            raise self._error("read the time", error) from error
+        return parsedate_to_datetime(headers["date"]).timestamp()
+
+    def list_folders(self, path: str) -> list[str]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        prefix = self._key(path) + "/"
+        try:
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=prefix, Delimiter="/"
+            )
+            return sorted(
+                entry["Prefix"][len(prefix) :].rstrip("/") for page in pages for entry in page.get("CommonPrefixes", [])
+            )
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"list {path}", error) from error
+
+    @contextlib.contextmanager
+    def work_folder(self) -> Iterator[Path]:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.cache, prefix="work-") as folder:
+            yield Path(folder)
+
+    def kept_folder(self, name: str) -> Path:
+        return self.cache / "work" / name
+
+    def upload(self, folder: Path, path: str, marker: bytes) -> None:
+        from boto3.exceptions import S3UploadFailedError
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+                name = file.relative_to(folder).as_posix()
+                self.client.upload_file(str(file), self.bucket, self._key(f"{path}/{name}"))
+        except (BotoCoreError, ClientError, S3UploadFailedError) as error:
+            raise self._error(f"write {path}", error) from error
+        self.write_bytes(f"{path}/{MARKER}", marker)
+
+    def local_folder(self, ref: ArtifactRef) -> Path:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        target = self.cache / "artifacts" / ref.kind / ref.content
+        if target.is_dir():
+            return target
+        path = f"artifacts/{ref.kind}/{ref.key}"
+        marker = self.read_bytes(f"{path}/{MARKER}")
+        if marker is None:
+            raise StoreError(f"{ref.uri} is not in the store any more. Run again to make it anew.")
+        with self.work_folder() as folder:
+            for name, facts in json.loads(marker)["files"].items():
+                file = (folder / name).resolve()
+                if not file.is_relative_to(folder.resolve()):
+                    raise StoreError(f"{ref.uri} names a file outside its folder: {name!r}.")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.client.download_file(self.bucket, self._key(f"{path}/{name}"), str(file))
+                except (BotoCoreError, ClientError) as error:
+                    raise self._error(f"read {path}/{name}", error) from error
+                if file_sha256(file) != facts["sha256"]:
+                    raise StoreError(f"{ref.uri}/{name} has other bytes than were written. Delete it and run again.")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError, OSError):  # another process may have finished it first
+                folder.rename(target)
+                folder.mkdir()
+        if not target.is_dir():
+            raise StoreError(f"{ref.uri} could not be kept in the cache {self.cache}. Check its free space.")
+        return target
+
+    def _error(self, what: str, error: Exception) -> StoreError:
+        return StoreError(
+            f"Could not {what} in {self.url}: {error}. Check AWS_ENDPOINT_URL_S3, the credentials and that the bucket "
+            "exists; forgetless doctor tests it."
+        )
