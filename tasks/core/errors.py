@@ -43,6 +43,10 @@ class ExportError(ForgetlessError):
     """Merging, converting or registering the model failed."""
 
 
+class ConflictError(ForgetlessError):
+    """Another was faster at what only one can do. Nothing was changed."""
+
+
 def describe_os_error(error: OSError, what: str) -> str:
     """Return one sentence for an operating-system error met while doing `what`."""
     import errno
