@@ -153,6 +153,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--as", choices=["adapter", "merged", "gguf"], dest="kind", help=text)
     export.add_argument("--private", action="store_true", help="the new repository is private")
     export.add_argument("--dry-run", metavar="DIR", help="write what --to hub would push to a new folder instead")
+    text = "Let an alias name a run's version, in the registry and in Ollama, if its verdict allows."
+    promote = add("promote", _promote, text, output)
+    promote.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    text = "the alias (default: export.ollama_alias of its recipe, else promoted)"
+    promote.add_argument("--alias", metavar="NAME", help=text)
+    text = "promote it whatever its verdict; who does it and why are recorded"
+    promote.add_argument("--force", metavar="WHY", help=text)
+    text = "Let an alias name the version before, in the registry and in Ollama."
+    rollback = add("rollback", _rollback, text, output)
+    rollback.add_argument("name", metavar="NAME", help="a model of the registry")
+    rollback.add_argument("--alias", metavar="NAME", default="promoted", help="the alias (default: promoted)")
+    text = "List the models of the registry, or one's versions and the history of its aliases."
+    registry = add("registry", _registry, text, output)
+    registry.add_argument("name", metavar="NAME", nargs="?", help="a model of the registry (default: all)")
     dashboard = add("dashboard", _dashboard, "Open the dashboard on the store.")
     dashboard.add_argument("--port", type=int, default=8501)
     add("doctor", _doctor, "Check this machine, and say what each missing piece costs.", output)
@@ -289,8 +303,7 @@ def _show_result(arguments: argparse.Namespace, manifest: Any, store: Any) -> in
         print(manifest.model_dump_json())
     else:
         show_summary(manifest, store)
-    judged = manifest.served if manifest.served and manifest.served.verdict == "reject" else manifest.report
-    return GATE_CODES[judged.verdict] if arguments.gate and judged else 0
+    return GATE_CODES[manifest.judged.verdict] if arguments.gate and manifest.judged else 0
 
 
 def _combine(arguments: argparse.Namespace) -> int:
@@ -465,18 +478,14 @@ def _curve(arguments: argparse.Namespace) -> int:
 
 
 def _exported(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from flows.registry import require_exported
     from tasks.core.manifest import read_manifest
     from tasks.core.settings import read_settings
     from tasks.core.store import open_store
 
     store = open_store(read_settings(arguments.store))
     manifest = read_manifest(store, arguments.run)
-    if manifest.gguf is None:
-        raise ForgetlessError(
-            f"Run {manifest.run_id} has no exported model: it is {manifest.status}"
-            + (f" ({manifest.error})" if manifest.error else "")
-            + ". Finish it first: run its recipe again."
-        )
+    require_exported(manifest)
     return store, manifest, manifest.gguf
 
 
@@ -539,18 +548,63 @@ def _export(arguments: argparse.Namespace) -> int:
                     f"No Ollama answers at {done.url}. Start it (ollama serve), or set OLLAMA_HOST, then run this "
                     f"again. By hand: {done.note}"
                 )
-            if manifest.report and manifest.report.verdict == "promote":
-                done = registrar.promote(config, done)
+            moved = registrar.follow_all(store, manifest.recipe.registry_name, manifest.run_id)
             if pushed:
                 registrar.push(done, pushed)
-        result = {**done.model_dump(), "pushed": pushed}
+        result = {**done.model_dump(exclude={"alias"}), "aliases": moved, "pushed": pushed}
         text = f"Registered {done.name} at {done.url}. Chat with it: ollama run {done.name}"
-        more = (done.alias and f"{done.alias} is now this version.", done.note, pushed and f"Pushed as {pushed}.")
+        more = (*(f"{alias} is now this version." for alias in moved), done.note, pushed and f"Pushed as {pushed}.")
         text += "".join(f"\n{line}" for line in more if line)
     if arguments.json:
         _print_json(result)
     else:
         print(text)
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from flows.registry import promote_run
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    store = open_store(read_settings(arguments.store))
+    return _show_move(arguments, promote_run(store, arguments.run, arguments.alias, arguments.force))
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from flows.registry import roll_back
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    return _show_move(arguments, roll_back(open_store(read_settings(arguments.store)), arguments.name, arguments.alias))
+
+
+def _show_move(arguments: argparse.Namespace, done: dict[str, Any]) -> int:
+    if arguments.json:
+        _print_json(done)
+        return 0
+    replaced = "" if done["replaced"] is None else f", before version {done['replaced']}"
+    print(f"{done['name']}:{done['alias']} is version {done['version']} (run {done['run']}){replaced}.")
+    for line in (done["ollama"] and f"In Ollama too: ollama run {done['ollama']}", done["note"]):
+        if line:
+            print(line)
+    return 0
+
+
+def _registry(arguments: argparse.Namespace) -> int:
+    from flows import registry
+    from flows.screen import show_model, show_models
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    store = open_store(read_settings(arguments.store))
+    found: Any = registry.describe_model(store, arguments.name) if arguments.name else registry.list_models(store)
+    if arguments.json:
+        _print_json(found)
+    elif arguments.name:
+        show_model(found)
+    else:
+        show_models(found)
     return 0
 
 

@@ -46,6 +46,7 @@ from tasks.core.records import (
     ScoreSheet,
     TokensRef,
 )
+from tasks.core.registry import Version
 from tasks.core.settings import quiet_libraries, read_settings
 from tasks.core.store import Store, open_store
 from tasks.data.sources import list_licences
@@ -57,9 +58,10 @@ from tasks.export.steps import (
     convert_base,
     convert_to_gguf,
     merge_adapter,
-    promote_in_ollama,
+    promote_version,
     prove_gguf,
     register_in_ollama,
+    register_version,
 )
 from tasks.models.steps import prepare_base
 from tasks.reporting.steps import publish_run
@@ -161,8 +163,22 @@ def judge_and_ship(
             )
         with run.timed("publish"):
             manifest.card = publish_run(manifest, url)
-        if manifest.ollama and verdict.verdict == "promote":  # last: nothing after it could fail
-            manifest.ollama = promote_in_ollama(config.export, manifest.ollama)
+        if manifest.gguf:
+            manifest.registry_version = enter_registry(manifest, url).number  # last: nothing after it could fail
+
+
+def enter_registry(manifest: RunManifest, url: str) -> Version:
+    """Return the version of a run's model in the registry, which the alias names from now on if its verdict allows."""
+    assert manifest.gguf and manifest.judged
+    name, export, judged = manifest.recipe.registry_name, manifest.recipe.export, manifest.judged
+    sha256 = manifest.gguf.sha256[export.serve]
+    version = register_version(name, manifest.run_id, judged.verdict, sha256, manifest.ollama, url)
+    if judged.verdict == "promote" and export.ollama_alias:
+        moved = promote_version(name, export.ollama_alias, version, judged.reason, url)
+        if manifest.ollama and moved.alias:
+            note = f"{manifest.ollama.note} {moved.note}".strip()
+            manifest.ollama = manifest.ollama.model_copy(update={"alias": moved.alias, "note": note})
+    return version
 
 
 def check_served(config: Recipe, base: BaseRef, gguf: GgufRef, url: str) -> ForgettingReport:

@@ -262,6 +262,54 @@ def show_runs(manifests: list[RunManifest], store: Store) -> None:
     console.print(table)
 
 
+def show_models(models: list[dict[str, Any]]) -> None:
+    """Print the registry's models with what their aliases name."""
+    console = _console()
+    if not models:
+        console.print("The registry has no model yet: a run that exports adds its own.")
+        return
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for name in ("Model", "Alias", "Version", "Run", "Since", "By"):
+        table.add_column(name)
+    for model in models:
+        for alias, move in (model["aliases"] or {"": None}).items():
+            table.add_row(*map(Text, (model["name"], alias, *(_move_columns(move) if move else ()))))
+    console.print(table)
+
+
+def show_model(model: dict[str, Any]) -> None:
+    """Print a model's versions and the history of each alias."""
+    console = _console()
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    for name in ("Version", "Run", "Verdict", "GGUF sha256", "Ollama", "When"):
+        table.add_column(name)
+    for v in model["versions"]:
+        verdict = "withdrawn: the run failed" if v["withdrawn"] else v["verdict"]
+        columns = (str(v["number"]), v["run"], verdict, v["gguf_sha256"][:8], v["ollama"] or "", _shown_time(v["when"]))
+        table.add_row(*map(Text, columns))
+    console.print(table)
+    for alias, moves in model["aliases"].items():
+        history = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+        for name in ("", "Did", "Version", "Run", "When", "By", "Replaced", "Why"):
+            history.add_column(name)
+        for move in moves:
+            replaced = "" if move["replaced"] is None else str(move["replaced"])
+            history.add_row(
+                *map(Text, (str(move["number"]), move["kind"], *_move_columns(move), replaced, move["why"]))
+            )
+        console.print(Text(f"\n{model['name']}:{alias}", "bold"))
+        console.print(history)
+
+
+def _move_columns(move: dict[str, Any]) -> tuple[str, str, str, str]:
+    version = "none" if move["version"] is None else str(move["version"])
+    return version, move["run"] or "", _shown_time(move["when"]), move["who"]
+
+
+def _shown_time(when: str) -> str:
+    return f"{when[:10]} {when[11:16]} UTC"
+
+
 def show_comparison(comparisons: list[RunComparison]) -> None:
     console = _console()
     for c in comparisons:

@@ -455,7 +455,7 @@ class ExportConfig(Section):
         {}, description="Ollama's own options of the model, such as temperature, num_ctx and stop."
     )
     ollama_alias: str | None = Field(
-        "promoted", description="Tag that names the last promoted version in Ollama; null: none is kept."
+        "promoted", description="Alias of the last promoted version, in the registry and Ollama; null: runs move none."
     )
     system: str | None = Field(None, description="System prompt; the template's own default if not given.")
     prompt: str = Field("Hello! Who are you?", description="What the finished model is asked once, as a smoke test.")
@@ -552,13 +552,20 @@ class CombineConfig(Section):
 class Recipe(Section):
     """Everything that decides a run's result."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Names runs and the exported model.")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80, description="Names runs and the exported model."
+    )
     description: str = ""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()
     eval: EvalConfig
     export: ExportConfig = ExportConfig()
+
+    @property
+    def registry_name(self) -> str:
+        """What the exported model is called, in the registry and in Ollama."""
+        return self.export.ollama_name or self.name
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":

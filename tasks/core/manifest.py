@@ -85,6 +85,8 @@ class RunManifest(BaseModel):
     served: ForgettingReport | None = None
     """The file that is served against the base, both in llama.cpp (eval.on_gguf)."""
     ollama: OllamaRef | None = None
+    registry_version: int | None = None
+    """Of the model recipe.registry_name in the registry."""
     card: ArtifactRef | None = None
     licences: list[LicenceRef] = []
     """Of the base, then of the data."""
@@ -96,6 +98,11 @@ class RunManifest(BaseModel):
     @property
     def stage_names(self) -> tuple[str, ...]:
         return COMBINED_STAGES if self.combine else STAGES
+
+    @property
+    def judged(self) -> ForgettingReport | None:
+        """The report whose verdict is the run's: on the served file where that is rejected, else on the model."""
+        return self.served if self.served and self.served.verdict == "reject" else self.report
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,18 +1,24 @@
-"""Registration of an exported model in Ollama: under a name of its own per file, only if an Ollama answers."""
+"""Registration of an exported model in Ollama: under a name of its own per file, only if an Ollama answers; and
+promotion, in the registry first and then in Ollama, or in neither."""
 
+import contextlib
 import json
+from typing import NamedTuple
 
+from tasks.core import registry
 from tasks.core.config import ExportConfig
 from tasks.core.digest import canonical_json, file_sha256, sha256
-from tasks.core.errors import ConfigError, ExportError
+from tasks.core.errors import ConfigError, ConflictError, ExportError, ForgetlessError, StoreError
 from tasks.core.ollama import name_problem
 from tasks.core.progress import report_progress
 from tasks.core.records import BaseRef, GgufRef, ModelRef, OllamaRef, ProofRef
+from tasks.core.registry import Move, Version
 from tasks.core.settings import read_settings
 from tasks.core.store import Store
 from tasks.export.ollama import (
     check_name,
     delete_model,
+    has_model,
     is_reachable,
     move_alias,
     push_model,
@@ -25,6 +31,14 @@ from tasks.models.tokenizer import load_tokenizer
 
 SMOKE_TOKENS = 48  # as many as llama.cpp may answer with
 ENOUGH_TOKENS = 192  # for an answer that llama.cpp ended within those, in other words
+
+
+class InOllama(NamedTuple):
+    """`alias`: name in Ollama that is now the version that the registry says; None where it is not there. `note`: what
+    a user should know of it."""
+
+    alias: str | None
+    note: str
 
 
 def require_proven(export: ExportConfig, gguf: GgufRef, proof: ProofRef | None, store: Store) -> None:
@@ -131,15 +145,81 @@ def take_back(ref: OllamaRef) -> None:
         delete_model(read_settings().ollama_url, ref.name)
 
 
-def promote(export: ExportConfig, ref: OllamaRef) -> OllamaRef:
-    """Return the record of a promoted run's model, to which the alias was moved. Raises ExportError; the alias then
-    names what it did before."""
-    if not ref.registered or export.ollama_alias is None:
-        return ref
-    head, _, _ = ref.name.rpartition(":")
-    alias = f"{head}:{export.ollama_alias}"
-    left = move_alias(read_settings().ollama_url, ref.name, alias)
-    return ref.model_copy(update={"alias": alias, "note": f"{ref.note} {left}".strip()})
+def promote(
+    store: Store, name: str, alias: str, version: Version, why: str, forced: bool = False
+) -> tuple[Move, InOllama]:
+    """Return the alias's move to a version, and what became of the alias in Ollama. Raises ConflictError, ExportError:
+    both then name what they did before."""
+    seen = registry.read_current(store, name, alias)
+    if seen and seen.version == version.number:  # again: only Ollama may have something else
+        return seen, follow(store, name, alias)
+    return _moved(store, name, alias, seen, registry.promote_version(store, name, alias, seen, version, why, forced))
+
+
+def roll_back(store: Store, name: str, alias: str, why: str) -> tuple[Move, InOllama]:
+    """Return the alias's move to the version before, and what became of the alias in Ollama. Raises as `promote`, and
+    ForgetlessError where no version was before."""
+    seen = registry.read_current(store, name, alias)
+    return _moved(store, name, alias, seen, registry.roll_back(store, name, alias, seen, why))
+
+
+def _moved(store: Store, name: str, alias: str, before: Move | None, done: Move) -> tuple[Move, InOllama]:
+    """Let Ollama follow what was `done` in the registry, or undo it there."""
+    try:
+        return done, follow(store, name, alias)
+    except BaseException as error:
+        what = f"{name}:{alias} names {registry.named(before)} as before."
+        try:
+            registry.undo_move(store, name, alias, done, before, str(error) or type(error).__name__)
+            with contextlib.suppress(ForgetlessError):  # an interrupt may have come after Ollama's alias was moved
+                follow(store, name, alias)
+        except ConflictError as later:
+            what = str(later)
+        except StoreError as failed:
+            what = f"The registry still says {registry.named(done)}: {failed}"
+        if not isinstance(error, ForgetlessError):
+            raise
+        raise ExportError(f"{error} {what}") from error
+
+
+def follow(store: Store, name: str, alias: str) -> InOllama:
+    """Let the alias in Ollama name the version that the registry's names, where that is in Ollama. Of several at once,
+    whoever is last finds the registry as it moved the alias, so both agree in the end. Raises ExportError."""
+    url = read_settings().ollama_url
+    while True:
+        entry = registry.read_current(store, name, alias)
+        if entry is None or entry.version is None:
+            return InOllama(None, "")
+        version = registry.read_version(store, name, entry.version)
+        tag = f"{name}:{alias}"
+        model = f"{name}:{version.gguf_sha256[:8]}"
+        again = f"forgetless export {version.run} --to ollama"
+        if is_reachable(url) is None:
+            if version.ollama:
+                raise ExportError(
+                    f"No Ollama answers at {shown_url(url)}, where {model} would get the name {tag}. Start it (ollama "
+                    "serve), or set OLLAMA_HOST, then do it again."
+                )
+            done = InOllama(None, f"No Ollama answers at {shown_url(url)}, so no name was moved there.")
+        elif has_model(url, model):
+            done = InOllama(tag, move_alias(url, model, tag))
+        elif version.ollama:
+            raise ExportError(
+                f"Ollama at {shown_url(url)} has no {model}, which would get the name {tag}. Register it: {again}"
+            )
+        else:
+            done = InOllama(None, f"It is not in Ollama, where {tag} stays what it is. Register it: {again}")
+        try:
+            if registry.read_current(store, name, alias) == entry:
+                return done
+        except StoreError:  # nothing fails once Ollama is done; whoever moves the alias next lets it follow too
+            return done
+
+
+def follow_all(store: Store, name: str, run_id: str) -> list[str]:
+    """Return the aliases in Ollama that name a run's version as those of the registry do, after they were moved."""
+    moves = registry.read_aliases(store, name).items()
+    return [done for alias, move in moves if move.run == run_id and (done := follow(store, name, alias).alias)]
 
 
 def name_to_push(export: ExportConfig, gguf: GgufRef, recipe_name: str, target: str) -> str:

@@ -1,5 +1,6 @@
 """Merging, converting and registering as Prefect tasks."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 from prefect import task
 from prefect.transactions import Transaction, get_transaction
 
+from tasks.core import registry
 from tasks.core.config import ExportConfig, ModelConfig
 from tasks.core.digest import canonical_json, file_sha256
-from tasks.core.errors import ExportError
+from tasks.core.errors import ConflictError, ExportError, StoreError
 from tasks.core.hardware import resolve_dtype
 from tasks.core.progress import report_progress
 from tasks.core.records import (
@@ -24,9 +26,11 @@ from tasks.core.records import (
     TokensRef,
     TrainedRef,
 )
+from tasks.core.registry import Version
 from tasks.core.settings import read_settings
 from tasks.core.stages import base_file_stage, gguf_stage, merge_choice_stage, merged_stage, precision, proof_stage
 from tasks.core.store import Store, open_store, stored
+from tasks.export.register import InOllama
 from tasks.policy import ONCE_OPTIONS, STAGE_OPTIONS
 
 MODELFILE = "Modelfile"
@@ -280,9 +284,39 @@ def take_back_registration(transaction: Transaction) -> None:
         transaction.logger.error(str(error))
 
 
-@task(name="promote-in-ollama", **ONCE_OPTIONS)
-def promote_in_ollama(export: ExportConfig, registered: OllamaRef) -> OllamaRef:
-    """Return the registered model's record, now also under the alias of the promoted version."""
+@task(name="register-version", **ONCE_OPTIONS)
+def register_version(
+    name: str, run_id: str, verdict: str, gguf_sha256: str, ollama: OllamaRef | None, store_url: str
+) -> Version:
+    """Return the run's version of a model in the registry. In a transaction that fails later it is withdrawn."""
+    registered = ollama if ollama and ollama.registered else None
+    version = registry.add_version(
+        open_store(read_settings(store_url)),
+        *(name, run_id, verdict, gguf_sha256),
+        registered.name if registered else None,
+        registered.digest if registered else None,
+    )
+    if transaction := get_transaction():
+        transaction.set("version", (store_url, name, version))
+    return version
+
+
+@register_version.on_rollback
+def withdraw_version(transaction: Transaction) -> None:
+    store_url, name, version = transaction.get("version")
+    try:
+        registry.withdraw_version(open_store(read_settings(store_url)), name, version)
+    except StoreError as error:
+        transaction.logger.error(str(error))
+
+
+@task(name="promote-version", **ONCE_OPTIONS)
+def promote_version(name: str, alias: str, version: Version, why: str, store_url: str) -> InOllama:
+    """Return what became of the alias in Ollama after it was moved to a version in the registry. Raises ExportError
+    where it cannot be moved there; both aliases then name what they did before."""
     from tasks.export.register import promote
 
-    return promote(export, registered)
+    while True:
+        # The verdict holds whatever the alias names, so a run that another was faster than comes after it.
+        with contextlib.suppress(ConflictError):
+            return promote(open_store(read_settings(store_url)), name, alias, version, why)[1]

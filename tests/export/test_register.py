@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from tasks.core import registry
 from tasks.core.config import ExportConfig
 from tasks.core.errors import ConfigError, ExportError, StoreError
 from tasks.core.records import ArtifactRef, BaseRef, GgufRef, ModelRef, OllamaRef
+from tasks.core.registry import Version
 from tasks.core.stages import Stage
 from tasks.core.store import FileStore, put_artifact
+from tasks.export.ollama import move_alias
 from tasks.export.register import name_to_push, promote, push, register, take_back
 from tasks.models.tokenizer import load_tokenizer
 from tests.export.recorded_ollama import RecordedOllama
@@ -144,19 +147,103 @@ def test_a_store_that_fails_after_it_takes_the_model_back(
     assert ollama.models == {}
 
 
-def test_a_promoted_version_gets_the_alias(exported: Exported, ollama: RecordedOllama) -> None:
+def add(exported: Exported, run: str, done: OllamaRef | None = None) -> Version:
+    """Add a run that exported the file to the registry, as registered in Ollama where it was."""
+    name, digest = (done.name, done.digest) if done else (None, None)
+    return registry.add_version(exported.store, "shop", run, "promote", exported.sha256, name, digest)
+
+
+def test_a_promoted_version_gets_the_alias_in_both(exported: Exported, ollama: RecordedOllama) -> None:
     done = exported.register()
-    for tag, alias in (("promoted", "shop:promoted"), ("latest", "shop:latest")):
-        assert promote(ExportConfig(ollama_alias=tag), done).alias == alias
-        assert ollama.models[alias] == ollama.models[done.name]
-    assert promote(ExportConfig(ollama_alias=None), done) == done
-    absent = OllamaRef(name="shop:1", url="", registered=False)
-    assert promote(ExportConfig(), absent) == absent
-    ollama.pin("POST", "/api/copy", "108-copy-missing")
+    version = add(exported, "a", done)
+    for alias in ("promoted", "latest"):
+        move, moved = promote(exported.store, "shop", alias, version, "gained")
+        assert (move.version, move.replaced, moved) == (1, None, (f"shop:{alias}", ""))
+        assert ollama.models[f"shop:{alias}"] == ollama.models[done.name]
+    copies = len(ollama.asked("POST", "/api/copy"))
+    assert promote(exported.store, "shop", "latest", version, "again")[0] == move
+    assert len(registry.read_history(exported.store, "shop", "latest")) == 1
+    assert len(ollama.asked("POST", "/api/copy")) == copies, "Ollama has it already"
     ollama.models.pop("shop:latest")
-    with pytest.raises(ExportError):
-        promote(ExportConfig(ollama_alias="latest"), done)
-    assert "shop:latest" not in ollama.models
+    assert promote(exported.store, "shop", "latest", version, "again")[1].alias == "shop:latest"
+    assert ollama.models["shop:latest"] == ollama.models[done.name], "what was missing there is made up for"
+
+
+def test_an_alias_that_ollama_cannot_move_is_moved_nowhere(exported: Exported, ollama: RecordedOllama) -> None:
+    version = add(exported, "a", exported.register())
+    before = dict(ollama.models)
+    ollama.pin("POST", "/api/copy", "108-copy-missing")
+    with pytest.raises(ExportError, match=r"could not copy .* shop:promoted names no version as before\.$"):
+        promote(exported.store, "shop", "promoted", version, "gained")
+    assert ollama.models == before
+    moves = registry.read_history(exported.store, "shop", "promoted")
+    assert [(m.kind, m.version, m.replaced) for m in moves] == [("promote", 1, None), ("undo", None, 1)]
+    assert "could not copy" in moves[1].why
+    assert promote(exported.store, "shop", "promoted", version, "gained")[1].alias == "shop:promoted"
+
+
+def test_an_ollama_that_lost_the_model_or_is_gone_undoes_the_promotion(
+    exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = exported.register()
+    version = add(exported, "a", done)
+    ollama.models.clear()
+    with pytest.raises(ExportError, match=f"has no {done.name}, .* Register it: forgetless export a --to ollama"):
+        promote(exported.store, "shop", "promoted", version, "gained")
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    with pytest.raises(ExportError, match=f"No Ollama answers at http://127.0.0.1:9, where {done.name} would get"):
+        promote(exported.store, "shop", "promoted", version, "gained")
+    moves = registry.read_history(exported.store, "shop", "promoted")
+    assert [m.kind for m in moves] == ["promote", "undo"] * 2
+
+
+def test_a_version_that_is_not_in_ollama_is_promoted_in_the_registry(
+    exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = add(exported, "a")
+    move, moved = promote(exported.store, "shop", "promoted", version, "gained")
+    assert (move.version, moved.alias, ollama.models) == (1, None, {})
+    assert moved.note == (
+        "It is not in Ollama, where shop:promoted stays what it is. Register it: forgetless export a --to ollama"
+    )
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    note = promote(exported.store, "shop", "staging", version, "gained")[1].note
+    assert note == "No Ollama answers at http://127.0.0.1:9, so no name was moved there."
+
+
+def test_a_registry_that_cannot_be_written_leaves_ollama_alone(
+    exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, data: bytes) -> bool:
+        raise StoreError("The disk is full.")
+
+    version = add(exported, "a", exported.register())
+    before = dict(ollama.models)
+    monkeypatch.setattr(exported.store, "create_bytes", refuse)
+    with pytest.raises(StoreError, match="The disk is full"):
+        promote(exported.store, "shop", "promoted", version, "gained")
+    assert ollama.models == before
+
+
+def test_a_promotion_that_another_overtakes_leaves_ollama_with_the_others(
+    exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other promotes while Ollama's alias is moved here, and had moved it before: it is moved on to the other's."""
+    done = exported.register()
+    version = add(exported, "a", done)
+    later = registry.add_version(exported.store, "shop", "b", "promote", "c" * 64, "shop:cccccccc", "d")
+    ollama.models["shop:cccccccc"] = "mk-smollm2:latest"
+
+    def overtaken(url: str, name: str, alias: str) -> str:
+        seen = registry.read_current(exported.store, "shop", "promoted")
+        if seen.version == 1:
+            registry.promote_version(exported.store, "shop", "promoted", seen, later, "also")
+        return move_alias(url, name, alias)
+
+    monkeypatch.setattr("tasks.export.register.move_alias", overtaken)
+    promote(exported.store, "shop", "promoted", version, "gained")
+    assert registry.read_current(exported.store, "shop", "promoted").version == 2
+    assert ollama.models["shop:promoted"] == ollama.models["shop:cccccccc"] != ollama.models[done.name]
 
 
 def test_without_an_ollama_the_command_for_it_is_given(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
