@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flows.cli import main
+from tasks.core import registry
 from tasks.core.errors import ConfigError, ExportError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
 from tasks.core.store import FileStore
@@ -134,6 +135,11 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert 'TEMPLATE """{{ range .Messages }}<|im_start|>' in (files / "Modelfile").read_text()
     assert not manifest.ollama.registered
     assert "ollama create tiny:" in manifest.ollama.note
+    version = registry.read_version(finished, "tiny", manifest.registry_version)
+    assert (version.run, version.verdict) == (manifest.run_id, manifest.report.verdict)
+    assert (version.gguf_sha256, version.ollama) == (manifest.gguf.sha256["q8_0"], None)
+    named = {alias: move.run for alias, move in registry.read_aliases(finished, "tiny").items()}
+    assert named == ({"promoted": manifest.run_id} if version.verdict == "promote" else {})
     card = (finished.local_folder(manifest.card) / "card.md").read_text()
     assert manifest.report.verdict in card
     assert (finished.local_folder(manifest.data_report.artifact) / "data_docs" / "index.html").is_file()
@@ -321,9 +327,46 @@ def test_an_alias_that_cannot_be_moved_takes_the_registration_back(
         patch.setattr("tasks.export.register.move_alias", refuse)
         assert main(["run", *words]) == 1
     assert ollama.models == {}
+    failed = read_manifest(finished, "latest").run_id
+    tried, undone = registry.read_history(finished, "tiny", "promoted")[-2:]
+    assert (tried.run, undone.kind, undone.version, undone.why) == (
+        *(failed, "undo", tried.replaced, "The alias cannot be moved."),
+    )
+    assert registry.read_version(finished, "tiny", tried.version).withdrawn
     assert main(["run", *words]) == 0
-    done = read_manifest(finished, "latest").ollama
+    run = read_manifest(finished, "latest")
+    done = run.ollama
     assert (done.alias, set(ollama.models)) == ("tiny:promoted", {done.name, "tiny:promoted"})
+    version = registry.read_version(finished, "tiny", run.registry_version)
+    assert (version.run, version.ollama, version.ollama_digest) == (run.run_id, done.name, done.digest)
+    assert registry.read_current(finished, "tiny", "promoted").version == version.number
+    ollama.models.clear()
+    assert main(["export", run.run_id, "--to", "ollama", "--store", str(finished.root), "--json"]) == 0
+    assert ollama.models["tiny:promoted"] == ollama.models[done.name], "a later registration gets its alias too"
+
+
+def test_a_run_that_is_overtaken_comes_after_the_other(
+    finished: FileStore, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run promotes between this one's look at the alias and its own promotion."""
+    run = read_manifest(finished, run_ids(finished)[0])
+    other = registry.add_version(finished, "tiny", "other", "promote", "c" * 64, None, None)
+    monkeypatch.setattr(
+        "flows.finetune.compare_scores", lambda *_: run.report.model_copy(update={"verdict": "promote"})
+    )
+    promote, late = registry.promote_version, []
+
+    def overtaken(store: FileStore, name: str, alias: str, seen: registry.Move, *how: object) -> registry.Move:
+        if not late:
+            late.append(promote(store, name, alias, seen, other, "also"))
+        return promote(store, name, alias, seen, *how)
+
+    monkeypatch.setattr("tasks.core.registry.promote_version", overtaken)
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    assert main(["run", str(recipe), "--store", str(finished.root), "--json"]) == 0
+    first, second = registry.read_history(finished, "tiny", "promoted")[-2:]
+    assert (first.run, second.run) == ("other", read_manifest(finished, "latest").run_id)
+    assert (first.number, second.replaced) == (late[0].number, other.number)
 
 
 def test_a_flow_refuses_a_use_that_a_licence_forbids_before_it_trains(finished: FileStore, recipe: Path) -> None:
