@@ -180,6 +180,9 @@ def _facts(manifest: RunManifest) -> list[tuple[str, str]]:
         facts.append(("Took", f"{manifest.seconds:.0f} s" + (f", {reused} stages reused" if reused else "")))
     if manifest.gguf:
         facts.append(("Chat", f"forgetless chat {manifest.run_id}"))
+    if manifest.registry_version:
+        name = manifest.recipe.registry_name
+        facts.append(("Registry", f"version {manifest.registry_version}; forgetless registry {name}"))
     if manifest.ollama and manifest.ollama.registered:
         also = f", now also {manifest.ollama.alias}" if manifest.ollama.alias else ""
         facts.append(("Ollama", f"ollama run {manifest.ollama.name}{also}"))

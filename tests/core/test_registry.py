@@ -101,6 +101,17 @@ def test_a_move_that_is_undone_stays_in_the_history(any_store: Store) -> None:
     check_linear(registry.read_history(any_store, "shop", "promoted"))
 
 
+def test_the_same_move_by_two_is_won_by_one(any_store: Store) -> None:
+    """Same version, user and second: a bucket's clock ticks once a second, and the store takes equal bytes for one's
+    own."""
+    version = add(any_store, "a")
+    for _ in range(3):
+        seen = registry.read_current(any_store, "shop", "promoted")
+        registry.promote_version(any_store, "shop", "promoted", seen, version, "gained")
+        with pytest.raises(ConflictError, match=r"to version 1 \(run a\) at the same time \(promote\)"):
+            registry.promote_version(any_store, "shop", "promoted", seen, version, "gained")
+
+
 def promote_in_rounds(settings: Settings, number: int, barrier: Barrier, results: "Queue[Any]") -> None:
     """Promote from the same state as all others, round after round; then once more until it is done."""
     store = open_store(settings)
