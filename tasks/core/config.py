@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from tasks.core.errors import ConfigError
-from tasks.core.ollama import name_problem, parameter_problems
+from tasks.core.ollama import is_alias, name_problem, parameter_problems
 
 RECIPES = Path(__file__).resolve().parents[2] / "flows" / "recipes"
 SUITES = RECIPES.with_name("suites")
@@ -476,8 +476,8 @@ class ExportConfig(Section):
     @classmethod
     def _ollama_takes_the_name(cls, value: str | None, field: Any) -> str | None:
         is_name = field.field_name == "ollama_name"
-        if value is not None and name_problem(f"{value}:v1" if is_name else f"model:{value}"):
-            what = "[namespace/]model" if is_name else "a tag other than cloud and local"
+        if value is not None and not (name_problem(f"{value}:v1") is None if is_name else is_alias(value)):
+            what = "[namespace/]model" if is_name else "a tag other than cloud, local and 8 hexadecimal digits"
             raise ValueError(f"expected {what}, of at most 80 ASCII letters, digits, '_', '-' and '.' each")
         return value
 

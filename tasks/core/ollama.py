@@ -56,6 +56,11 @@ def name_problem(name: str) -> str | None:
     return None
 
 
+def is_alias(tag: str) -> bool:
+    """Return whether `tag` can be an alias: Ollama takes it for a tag, and it is no version's, 8 hexadecimal digits."""
+    return name_problem(f"model:{tag}") is None and not re.fullmatch("[0-9a-f]{8}", tag.lower())
+
+
 def parameter_problems(parameters: Mapping[str, Any]) -> list[str]:
     """Return a sentence for every unknown name, with the nearest known ones, and every value of the wrong type."""
     problems = []

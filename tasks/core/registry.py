@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 from tasks.core.digest import canonical_json
 from tasks.core.errors import ConfigError, ConflictError, ForgetlessError, StoreError
-from tasks.core.ollama import name_problem
+from tasks.core.ollama import is_alias, name_problem
 from tasks.core.records import Record
 from tasks.core.store import Store
 
@@ -203,7 +203,7 @@ def check_names(name: str, alias: str | None = None) -> None:
             f"{name!r} is not a model's name: expected [namespace/]model, each of at most 80 ASCII letters, digits, "
             "'_', '-' and '.'. List the names with: forgetless registry"
         )
-    if alias is not None and (name_problem(f"model:{alias}") or re.fullmatch("[0-9a-f]{8}", alias.lower())):
+    if alias is not None and not is_alias(alias):
         raise ConfigError(
             f"{alias!r} is not an alias: expected at most 80 ASCII letters, digits, '_', '-' and '.'; "
             "cloud and local are Ollama's own, and 8 hexadecimal digits are a version's."

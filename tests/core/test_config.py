@@ -93,7 +93,11 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
             "Ollama's parameter 'stop' must be texts that are not empty; found [].",
         ),
         (MINIMAL + "export: {ollama_name: a:b}", "export.ollama_name: expected [namespace/]model, of at most 80"),
-        (MINIMAL + "export: {ollama_alias: Cloud}", "expected a tag other than cloud and local, of at most 80"),
+        (MINIMAL + "export: {ollama_alias: Cloud}", "expected a tag other than cloud, local and 8 hexadecimal digits"),
+        (
+            MINIMAL + "export: {ollama_alias: deadbeef}",
+            "expected a tag other than cloud, local and 8 hexadecimal digits",
+        ),
     ],
 )
 def test_a_wrong_recipe_gets_a_sentence(tmp_path: Path, text: str, message: str) -> None:
