@@ -197,6 +197,26 @@ def test_an_ollama_that_lost_the_model_or_is_gone_undoes_the_promotion(
     assert [m.kind for m in moves] == ["promote", "undo"] * 2
 
 
+def test_an_interrupt_undoes_both(exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = exported.register()
+    promote(exported.store, "shop", "promoted", add(exported, "a", done), "gained")
+    later = registry.add_version(exported.store, "shop", "b", "promote", "c" * 64, "shop:cccccccc", "d")
+    ollama.models["shop:cccccccc"] = "mk-smollm2:latest"
+
+    def interrupted(url: str, name: str, alias: str) -> str:
+        left = move_alias(url, name, alias)
+        if name == "shop:cccccccc":
+            raise KeyboardInterrupt
+        return left
+
+    monkeypatch.setattr("tasks.export.register.move_alias", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        promote(exported.store, "shop", "promoted", later, "gained")
+    last = registry.read_history(exported.store, "shop", "promoted")[-1]
+    assert (last.kind, last.version, last.why) == ("undo", 1, "KeyboardInterrupt")
+    assert ollama.models["shop:promoted"] == ollama.models[done.name]
+
+
 def test_a_version_that_is_not_in_ollama_is_promoted_in_the_registry(
     exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
