@@ -173,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "Check, show or convert training data, without a run."
     data = commands.add_parser("data", help=text, description=text)
     _add_data_commands(data.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), output, debug)
+    text = "See, check and clean the store."
+    store = commands.add_parser("store", help=text, description=text)
+    _add_store_commands(store.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), output, common)
     return parser
 
 
@@ -229,6 +232,24 @@ def _add_data_commands(commands: Any, *parents: argparse.ArgumentParser) -> None
     convert.add_argument("--to", required=True, choices=["messages", "alpaca", "sharegpt"], help="their format")
     convert.add_argument("--out", metavar="FILE", help="write to this file, not to the standard output")
     convert.add_argument("--clean", action="store_true", help="clean the rows too, by data.clean")
+
+
+def _add_store_commands(commands: Any, *parents: argparse.ArgumentParser) -> None:
+    def add(name: str, work: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, parents=parents)
+        command.set_defaults(command=work, interrupted="Interrupted. The same command does the rest.")
+        return command
+
+    ls = add("ls", _store_ls, "List artifacts, and the runs that reach them.")
+    ls.add_argument("name", metavar="KIND|RUN", nargs="?", help="of this kind, or of this run (default: all)")
+    add("du", _store_du, "Say what takes how much room, and what of it runs reach.")
+    verify = add("verify", _store_verify, "Hash every file again: exit 1 if one is damaged, missing or additional.")
+    verify.add_argument("run", metavar="RUN", nargs="?", help="of this run alone (default: all)")
+    gc = add("gc", _store_gc, "Remove what no run reaches and what killed processes left, if older than a day.")
+    gc.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    gc.add_argument("--cache", action="store_true", help="empty this machine's cache too, but for what is in use")
+    rm = add("rm", _store_rm, "Delete a run, whose artifacts gc then removes, or one artifact.")
+    rm.add_argument("name", metavar="RUN|KIND/KEY", help="a run's name, or an artifact as store ls names it")
 
 
 def _strengths(text: str) -> list[float]:
@@ -661,6 +682,79 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         show_findings(findings)
     return 1 if any(f.state == "missing" and f.required for f in findings) else 0
+
+
+def _open_store(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    settings = read_settings(arguments.store)
+    return open_store(settings), settings
+
+
+def _store_ls(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from flows.screen import show_artifacts
+    from flows.store import list_artifacts
+
+    found = list_artifacts(_open_store(arguments)[0], arguments.name)
+    if arguments.json:
+        _print_json([asdict(artifact) for artifact in found])
+    else:
+        show_artifacts(found)
+    return 0
+
+
+def _store_du(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_usage
+    from flows.store import measure_store
+
+    usage = measure_store(*_open_store(arguments))
+    if arguments.json:
+        _print_json(usage)
+    else:
+        show_usage(usage)
+    return 0
+
+
+def _store_verify(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_problems, show_progress
+    from flows.store import verify_artifacts
+
+    store, _ = _open_store(arguments)
+    with show_progress() as say:
+        found = verify_artifacts(store, arguments.run, say)
+    if arguments.json:
+        _print_json(found)
+    else:
+        show_problems(found)
+    return 1 if found["problems"] else 0
+
+
+def _store_gc(arguments: argparse.Namespace) -> int:
+    from flows.screen import show_progress, show_removed
+    from flows.store import collect_garbage
+
+    store, settings = _open_store(arguments)
+    with show_progress() as say:
+        done = collect_garbage(store, settings, say, arguments.dry_run, arguments.cache)
+    if arguments.json:
+        _print_json(done)
+    else:
+        show_removed(done)
+    return 0
+
+
+def _store_rm(arguments: argparse.Namespace) -> int:
+    from flows.store import remove_from_store
+
+    path = remove_from_store(_open_store(arguments)[0], arguments.name)
+    if arguments.json:
+        _print_json({"removed": path})
+    else:
+        print(f"Removed {path}." + (" Its artifacts: forgetless store gc" if path.startswith("runs/") else ""))
+    return 0
 
 
 def _data_request(arguments: argparse.Namespace) -> Any:

@@ -4,11 +4,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -22,6 +24,7 @@ from tasks.core.store import Store
 
 if TYPE_CHECKING:
     from flows.doctor import Finding
+    from flows.store import Stored
     from tasks.evaluation.explain import Explanation
 
 TITLES = {
@@ -430,6 +433,65 @@ def show_findings(findings: "list[Finding]") -> None:
     for f in findings:
         table.add_row(marks[f.state], f.name, Text(f.found), Text(f.cost, "dim"))
     console.print(table)
+
+
+def show_artifacts(artifacts: "list[Stored]") -> None:
+    """Print artifacts, the newest last, with the runs that reach them."""
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    table.add_column("Artifact", overflow="fold")
+    table.add_column("Size", justify="right", no_wrap=True)
+    table.add_column("Written", no_wrap=True)
+    table.add_column("Runs", overflow="fold")
+    for a in artifacts:
+        written = datetime.fromtimestamp(a.written).strftime("%Y-%m-%d %H:%M")
+        runs = ", ".join(a.runs) or Text("none" if a.whole else "none, never finished", "yellow")
+        table.add_row(a.name, decimal(a.size_bytes), written, runs)
+    _console().print(table)
+
+
+def show_usage(usage: dict[str, Any]) -> None:
+    """Print what takes how much room."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    for kind, size in usage["kinds"].items():
+        table.add_row(kind, decimal(size))
+    table.add_row(Text("all artifacts", "bold"), Text(decimal(usage["total"]), "bold"))
+    table.add_row("  that runs reach", decimal(usage["reached"]))
+    table.add_row("  that no run reaches", decimal(usage["unreached"]))
+    table.add_row("work in progress", decimal(usage["work"]))
+    cache = usage["cache"]
+    limit = f" of {decimal(cache['limit'])}" if cache["limit"] is not None else ""
+    table.add_row(f"copies in {cache['folder']}", decimal(cache["artifacts"]) + limit)
+    table.add_row(f"downloads in {cache['folder']}", decimal(cache["downloads"]))
+    _console().print(table)
+
+
+def show_problems(found: dict[str, Any]) -> None:
+    """Print what `store verify` found wrong, and what to do next."""
+    console = _console()
+    for p in found["problems"]:
+        console.print(Text.assemble((f"{p['problem']:<10} ", "red"), f"artifacts/{p['artifact']}/{p['file']}"))
+    wrong = sorted({p["artifact"] for p in found["problems"]})
+    size = decimal(found["size_bytes"])
+    console.print(f"{found['artifacts']:,} artifacts, {found['files']:,} files, {size} read.")
+    if not wrong:
+        console.print("[green]✔[/] Every file is as it was written.")
+        return
+    console.print(f"[red]✘[/] {len(wrong):,} artifacts are not as they were written. Delete each, then run again what")
+    console.print("made it, which makes it anew:")
+    for name in wrong:
+        runs = found["runs"][name]
+        console.print(f"  forgetless store rm {name}" + (f"   # {', '.join(runs)}" if runs else ""), soft_wrap=True)
+
+
+def show_removed(done: dict[str, Any]) -> None:
+    """Print what `store gc` removed, or would, and how much was freed."""
+    console = _console()
+    for r in done["removed"]:
+        console.print(f"{decimal(r['size_bytes']):>10}  {r['path']}  ({r['what']})", markup=False, soft_wrap=True)
+    would = "would be " if done["dry_run"] else ""
+    console.print(f"{len(done['removed']):,} {would}removed, {decimal(done['freed'])} {would}freed.")
 
 
 @contextlib.contextmanager

@@ -2,21 +2,21 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from tasks.core.cache import held_folder, hold, trim_cache
 from tasks.core.digest import file_sha256
 from tasks.core.errors import StoreError
 from tasks.core.records import ArtifactRef
-from tasks.core.store import MARKER, StoredFile
+from tasks.core.store import MARKER, PIECE_BYTES, StoredFile
 
 
 class S3Store:
     """A bucket and prefix."""
 
-    def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
+    def __init__(self, bucket: str, prefix: str, cache: Path, cache_limit: int | None = None) -> None:
         import boto3
         from botocore.config import Config
 
@@ -29,7 +29,7 @@ class S3Store:
         self.client = boto3.client("s3", config=config)
         self.bucket, self.prefix = bucket, prefix
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.cache = cache
+        self.cache, self.cache_limit = cache, cache_limit
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}".lstrip("/")
@@ -93,6 +93,40 @@ class S3Store:
         except (BotoCoreError, ClientError) as error:
             raise self._error(f"list {path}", error) from error
 
+    def stream(self, path: str) -> Iterator[bytes]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            body = self.client.get_object(Bucket=self.bucket, Key=self._key(path))["Body"]
+            with contextlib.closing(body):
+                yield from body.iter_chunks(PIECE_BYTES)
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"read {path}", error) from error
+
+    def list_partial(self) -> Iterator[StoredFile]:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        pages = self.client.get_paginator("list_multipart_uploads")
+        prefix = f"{self.prefix}/" if self.prefix else ""
+        try:
+            for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
+                for upload in page.get("Uploads", []):
+                    name = upload["Key"].removeprefix(self.prefix).lstrip("/")
+                    yield StoredFile(f"{name}?uploadId={upload['UploadId']}", 0, upload["Initiated"].timestamp())
+        except (BotoCoreError, ClientError) as error:
+            raise self._error("list uploads", error) from error
+
+    def delete_partial(self, path: str) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        name, _, upload = path.rpartition("?uploadId=")
+        try:
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=self._key(name), UploadId=upload)
+        except self.client.exceptions.NoSuchUpload:  # finished or aborted meanwhile
+            pass
+        except (BotoCoreError, ClientError) as error:
+            raise self._error(f"abort the upload of {name}", error) from error
+
     def clock(self) -> float:
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -118,9 +152,8 @@ class S3Store:
 
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[Path]:
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.cache, prefix="work-") as folder:
-            yield Path(folder)
+        with held_folder(self.cache / "work") as folder:
+            yield folder
 
     def kept_folder(self, name: str) -> Path:
         return self.cache / "work" / name
@@ -141,12 +174,14 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         target = self.cache / "artifacts" / ref.kind / ref.content
-        if target.is_dir():
+        if hold(target):
             return target
         path = f"artifacts/{ref.kind}/{ref.key}"
         marker = self.read_bytes(f"{path}/{MARKER}")
         if marker is None:
             raise StoreError(f"{ref.uri} is not in the store any more. Run again to make it anew.")
+        if self.cache_limit is not None:
+            trim_cache(self.cache, self.cache_limit - ref.size_bytes)
         with self.work_folder() as folder:
             for name, facts in json.loads(marker)["files"].items():
                 file = (folder / name).resolve()
@@ -163,7 +198,7 @@ class S3Store:
             with contextlib.suppress(FileExistsError, OSError):  # another process may have finished it first
                 folder.rename(target)
                 folder.mkdir()
-        if not target.is_dir():
+        if not hold(target):
             raise StoreError(f"{ref.uri} could not be kept in the cache {self.cache}. Check its free space.")
         return target
 

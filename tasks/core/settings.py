@@ -2,22 +2,28 @@
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.core.errors import ConfigError
+
 STORE_VARIABLE = "FORGETLESS_STORE"
 OLLAMA_VARIABLE = "OLLAMA_HOST"
+LIMIT_VARIABLE = "FORGETLESS_CACHE_LIMIT"
 
 
 @dataclass(frozen=True)
 class Settings:
     """`store_url`: file:///folder or s3://bucket/prefix. `cache`: folder for local copies of remote artifacts.
-    `ollama_url`: base URL of the Ollama server. `dask`: address of a Dask scheduler, or `local`."""
+    `ollama_url`: base URL of the Ollama server. `dask`: address of a Dask scheduler, or `local`. `cache_limit`: most
+    bytes that artifacts may take in the cache, None for any."""
 
     store_url: str
     cache: Path
     ollama_url: str
     dask: str | None = None
+    cache_limit: int | None = None
 
 
 def read_settings(store: str | None = None) -> Settings:
@@ -28,7 +34,22 @@ def read_settings(store: str | None = None) -> Settings:
     cache = Path(os.environ.get("FORGETLESS_CACHE") or Path.home() / ".cache" / "forgetless")
     host = os.environ.get(OLLAMA_VARIABLE) or "127.0.0.1:11434"
     dask = os.environ.get("FORGETLESS_DASK") or None
-    return Settings(store_url=url.rstrip("/"), cache=cache, ollama_url=ollama_url(host), dask=dask)
+    limit = os.environ.get(LIMIT_VARIABLE)
+    return Settings(
+        store_url=url.rstrip("/"),
+        cache=cache,
+        ollama_url=ollama_url(host),
+        dask=dask,
+        cache_limit=_bytes(limit) if limit else None,
+    )
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B", text.strip())
+    if match is None:
+        raise ConfigError(f"{LIMIT_VARIABLE}: expected a size such as 50GB or 500MB, found {text!r}.")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))
 
 
 def ollama_url(host: str) -> str:

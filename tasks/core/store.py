@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlparse
 
+from tasks.core.cache import held_folder
 from tasks.core.digest import canonical_json, content_digest, file_sha256
 from tasks.core.errors import StoreError, describe_os_error
 from tasks.core.records import ArtifactRecord, ArtifactRef
@@ -23,6 +25,8 @@ from tasks.core.settings import Settings
 from tasks.core.stages import Stage
 
 MARKER = "_artifact.json"
+PIECE_BYTES = 1 << 20
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 RecordType = TypeVar("RecordType", bound=ArtifactRecord)
 
@@ -51,6 +55,16 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Delete a small object or a folder, where there is one; of an artifact the marker first."""
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """Yield a file in pieces of at most 1 MiB. Raises StoreError, also where there is none."""
+
+    def list_partial(self) -> Iterator[StoredFile]:
+        """Yield what was begun and not finished of single files: temporary files, uploads in parts (their size is 0
+        where the store does not say it)."""
+
+    def delete_partial(self, path: str) -> None:
+        """Delete one of `list_partial`."""
 
     def list_folders(self, path: str) -> list[str]:
         """Return the names of the folders directly under `path`."""
@@ -82,7 +96,7 @@ def open_store(settings: Settings) -> Store:
     if url.scheme == "s3" and url.netloc:
         from tasks.core.s3 import S3Store
 
-        return S3Store(url.netloc, url.path.strip("/"), settings.cache)
+        return S3Store(url.netloc, url.path.strip("/"), settings.cache, settings.cache_limit)
     raise StoreError(f"{settings.store_url} is not a store: expected a folder, file:///folder or s3://bucket/prefix.")
 
 
@@ -227,6 +241,24 @@ class FileStore:
                     facts = file.stat()
                     yield StoredFile(file.relative_to(root).as_posix(), facts.st_size, facts.st_mtime)
 
+    def stream(self, path: str) -> Iterator[bytes]:
+        try:
+            with self._path(path).open("rb") as file:
+                while piece := file.read(PIECE_BYTES):
+                    yield piece
+        except OSError as error:
+            raise StoreError(describe_os_error(error, f"read {path} from {self.url}")) from error
+
+    def list_partial(self) -> Iterator[StoredFile]:
+        top = (p for folder in (self.root, self.root / "work") for p in folder.glob(".*") if p.is_file())
+        found = [StoredFile(str(p.relative_to(self.root)), p.stat().st_size, p.stat().st_mtime) for p in top]
+        for folder in ("runs", "registry"):
+            found += self.list_files(folder)
+        yield from (file for file in found if TEMPORARY.fullmatch(file.path.rpartition("/")[2]))
+
+    def delete_partial(self, path: str) -> None:
+        self.delete(path)
+
     def clock(self) -> float:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -241,15 +273,12 @@ class FileStore:
 
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[Path]:
-        try:
-            (self.root / "work").mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=self.root / "work"))
-        except OSError as error:
-            raise StoreError(describe_os_error(error, f"write to the store {self.url}")) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(held_folder(self.root / "work"))
+            except OSError as error:
+                raise StoreError(describe_os_error(error, f"write to the store {self.url}")) from error
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def kept_folder(self, name: str) -> Path:
         return self._path(f"work/{name}")

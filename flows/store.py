@@ -1,0 +1,300 @@
+"""What a store holds, whether it is whole, and what of it nobody needs: `forgetless store`.
+
+What a run reaches is what its manifest names. What is younger than a day is never garbage: somebody may be at it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.core.cache import folder_bytes, is_held, remove_unheld, trim_cache
+from tasks.core.digest import content_digest
+from tasks.core.errors import ConfigError, ForgetlessError, StoreError
+from tasks.core.manifest import manifest_path, parse_manifest, read_manifest, run_ids
+from tasks.core.settings import Settings
+from tasks.core.store import MARKER, FileStore, Store, StoredFile
+
+DAY = 86_400.0
+READERS = 8  # files that are read at once; each holds one piece of at most 1 MiB
+PLACE = re.compile(r"artifacts/([^/\"]+)/([^/\"]+)\"")
+Say = Callable[[str], None]
+
+
+@dataclass
+class Stored:
+    """An artifact as it lies in the store; `whole` says that it has its marker, `written` when its newest file came."""
+
+    kind: str
+    key: str
+    size_bytes: int = 0
+    written: float = 0.0
+    whole: bool = False
+    runs: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.key}"
+
+
+def list_artifacts(store: Store, name: str | None = None) -> list[Stored]:
+    """Return the artifacts of a kind, those that a run's manifest names, or all, the newest last. Raises
+    ForgetlessError where there is neither such a kind nor such a run."""
+    reached = _read_reached(store)
+    if name is None:
+        places = ["artifacts"]
+    elif name in store.list_folders("artifacts"):
+        places = [f"artifacts/{name}"]
+    elif name == "latest" or name in run_ids(store):
+        run = read_manifest(store, name).run_id
+        places = [f"artifacts/{artifact}" for artifact, runs in sorted(reached.items()) if run in runs]
+    else:
+        kinds = ", ".join(store.list_folders("artifacts")) or "none yet"
+        raise ForgetlessError(
+            f"{name!r} is neither a kind of artifact in {store.url} ({kinds}) nor a run. List the runs with: "
+            "forgetless runs"
+        )
+    found = _read_artifacts(file for place in places for file in store.list_files(place))
+    for artifact in found:
+        artifact.runs = reached.get(artifact.name, [])
+    return sorted(found, key=lambda artifact: artifact.written)
+
+
+def measure_store(store: Store, settings: Settings) -> dict[str, Any]:
+    """Return bytes: of the artifacts by kind, of those that runs reach and that none does, of work in progress, and of
+    this machine's cache."""
+    artifacts = list_artifacts(store)
+    kinds: Counter[str] = Counter()
+    for artifact in artifacts:
+        kinds[artifact.kind] += artifact.size_bytes
+    work = {entry: folder_bytes(entry) for entry in _work_folders(store)}
+    partial = sum(file.size for file in store.list_partial())
+    return {
+        "store": store.url,
+        "kinds": dict(kinds.most_common()),
+        "total": kinds.total(),
+        "reached": sum(a.size_bytes for a in artifacts if a.runs),
+        "unreached": sum(a.size_bytes for a in artifacts if not a.runs),
+        "work": sum(work.values()) + partial,
+        "cache": {
+            "folder": str(settings.cache),
+            "artifacts": folder_bytes(settings.cache / "artifacts"),
+            "downloads": folder_bytes(settings.cache / "downloads"),
+            "limit": settings.cache_limit,
+        },
+    }
+
+
+def verify_artifacts(store: Store, run: str | None, say: Say) -> dict[str, Any]:
+    """Return how many artifacts and bytes were read again and hashed, of a run or all, and a list of each file that is
+    damaged, missing or additional. Folders without a marker are no artifacts."""
+    reached = _read_reached(store)
+    if run is not None:
+        run_id = read_manifest(store, run).run_id
+        wanted = sorted(artifact for artifact, runs in reached.items() if run_id in runs)
+        listed = {name: list(store.list_files(f"artifacts/{name}")) for name in wanted}
+    else:
+        listed = {name: [] for name in sorted(reached)}
+        for file in store.list_files("artifacts"):
+            listed.setdefault(_artifact_of(file), []).append(file)
+    problems: list[dict[str, str]] = []
+    jobs: list[tuple[str, str, str]] = []
+    artifacts = total = 0
+
+    def note(artifact: str, name: str, problem: str) -> None:
+        problems.append({"artifact": artifact, "file": name, "problem": problem})
+
+    for artifact, files in listed.items():
+        place = f"artifacts/{artifact}/"
+        sizes = {file.path.removeprefix(place): file.size for file in files}
+        if MARKER not in sizes:
+            if artifact in reached:
+                note(artifact, MARKER, "missing")
+            continue
+        artifacts += 1
+        expected = _read_marker(store.read_bytes(place + MARKER))
+        if expected is None:
+            note(artifact, MARKER, "damaged")
+            continue
+        for name in sizes.keys() - expected.keys() - {MARKER}:
+            note(artifact, name, "additional")
+        for name, facts in expected.items():
+            if name not in sizes:
+                note(artifact, name, "missing")
+            elif sizes[name] != facts["size"]:
+                note(artifact, name, "damaged")
+            else:
+                jobs.append((artifact, name, facts["sha256"]))
+                total += sizes[name]
+
+    def digest_of(job: tuple[str, str, str]) -> str:
+        digest = hashlib.sha256()
+        for piece in store.stream(f"artifacts/{job[0]}/{job[1]}"):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for done, ((artifact, name, sha256), found) in enumerate(zip(jobs, pool.map(digest_of, jobs), strict=True), 1):
+            if found != sha256:
+                note(artifact, name, "damaged")
+            say(f"{done:,} of {len(jobs):,} files read ({artifact[:24]})")
+    problems.sort(key=lambda problem: (problem["artifact"], problem["file"]))
+    runs = {problem["artifact"]: reached.get(problem["artifact"], []) for problem in problems}
+    return {"artifacts": artifacts, "files": len(jobs), "size_bytes": total, "problems": problems, "runs": runs}
+
+
+def collect_garbage(
+    store: Store, settings: Settings, say: Say, dry_run: bool = False, cache: bool = False, now: float | None = None
+) -> dict[str, Any]:
+    """Remove what no manifest reaches and what killed processes left, if older than a day, and return what was removed;
+    with `dry_run`, what would be. `cache` empties this machine's cache too, but for what is in use. `now` stands for
+    the store's clock. Raises StoreError, before anything is removed, where a manifest or the registry cannot be read.
+    """
+    say("Listing the store")
+    young = (store.clock() if now is None else now) - DAY
+    # Listed before the manifests are read: a run that begins to use an artifact meanwhile names it there.
+    artifacts = _read_artifacts(store.list_files("artifacts"))
+    partial = [file for file in store.list_partial() if file.written < young]
+    reached = _read_reached(store)
+    removed: list[dict[str, Any]] = []
+
+    def note(what: str, path: str, size_bytes: int) -> None:
+        removed.append({"what": what, "path": path, "size_bytes": size_bytes})
+        say(f"{len(removed):,} {'found' if dry_run else 'removed'} ({path[:40]})")
+
+    for artifact in artifacts:
+        if artifact.written < young and not (artifact.whole and artifact.name in reached):
+            if not dry_run:
+                store.delete(f"artifacts/{artifact.name}")
+            what = "no run reaches it" if artifact.whole else "never finished"
+            note(what, f"artifacts/{artifact.name}", artifact.size_bytes)
+    for file in partial:
+        if not dry_run:
+            store.delete_partial(file.path)
+        note("never finished", file.path, file.size)
+    for folder, written in _work_folders(store).items():
+        if written < (FileStore(folder.parent).clock() if now is None else now) - DAY:
+            size = folder_bytes(folder)
+            try:
+                if not is_held(folder) if dry_run else remove_unheld(folder):
+                    note("left by a process", str(folder), size)
+            except FileNotFoundError:  # its process ended meanwhile
+                pass
+    for path, size in trim_cache(settings.cache, 0, dry_run) if cache else []:
+        note("local copy", str(settings.cache / path), size)
+    return {"store": store.url, "dry_run": dry_run, "removed": removed, "freed": sum(r["size_bytes"] for r in removed)}
+
+
+def remove_from_store(store: Store, name: str) -> str:
+    """Delete a run's record, or an artifact given as KIND/KEY, and return its path. What the run alone reached is
+    garbage then. Raises ConfigError for what the registry names, ForgetlessError where there is no such thing."""
+    if "/" in name:
+        path, (kind, _, key) = f"artifacts/{name}", name.partition("/")
+        if kind not in store.list_folders("artifacts") or key not in store.list_folders(f"artifacts/{kind}"):
+            raise ForgetlessError(f"There is no artifact {name!r} in {store.url}. List them with: forgetless store ls")
+    else:
+        path = f"runs/{name}"
+        if name not in run_ids(store):
+            raise ForgetlessError(f"There is no run {name!r} in {store.url}. List them with: forgetless runs")
+        named = _registered_runs(store).get(name)
+        if named:
+            raise ConfigError(f"Run {name} is in the registry ({named}), so it stays.")
+    store.delete(path)
+    return path
+
+
+def _read_reached(store: Store) -> dict[str, list[str]]:
+    """Return the runs that reach each artifact. Raises StoreError for a manifest that cannot be read, or is absent and
+    named by the registry."""
+    reached: dict[str, list[str]] = defaultdict(list)
+    ids = run_ids(store)
+    with ThreadPoolExecutor(READERS) as pool:
+        manifests = dict(zip(ids, pool.map(lambda run: store.read_bytes(manifest_path(run)), ids), strict=True))
+    for run, data in manifests.items():
+        if data is None:  # deleted meanwhile
+            continue
+        try:
+            parse_manifest(data, run)
+        except StoreError as error:
+            raise StoreError(
+                f"{error} What it reaches is not known, so nothing was done. Mend {store.url}/{manifest_path(run)}, or "
+                f"delete that run: forgetless store rm {run}"
+            ) from None
+        # From the text, not the parsed record: a newer version may name what this one does not know.
+        for kind, key in sorted(set(PLACE.findall(json.dumps(json.loads(data), ensure_ascii=False)))):
+            reached[f"{kind}/{key}"].append(run)
+    for run, path in _registered_runs(store).items():
+        if manifests.get(run) is None:
+            raise StoreError(
+                f"{store.url}/{path} names run {run}, which has no manifest. What it reaches is not known, so nothing "
+                "was done. Bring the manifest back, or delete that entry."
+            )
+    return reached
+
+
+def _registered_runs(store: Store) -> dict[str, str]:
+    """Return the runs that the registry names, each with a file that does."""
+    found: dict[str, str] = {}
+    for file in store.list_files("registry"):
+        if not file.path.endswith(".json"):
+            continue
+        data = store.read_bytes(file.path)
+        try:
+            entry = json.loads(data) if data is not None else {}  # deleted meanwhile
+            run = entry.get("run")
+        except (ValueError, AttributeError):
+            raise StoreError(
+                f"{store.url}/{file.path} is not an entry of the registry. Which run it keeps is not known, so nothing "
+                "was done. Mend or delete that file."
+            ) from None
+        if run:
+            found[run] = file.path
+    return found
+
+
+def _read_artifacts(files: Iterator[StoredFile]) -> list[Stored]:
+    found: dict[str, Stored] = {}
+    for file in files:
+        name = _artifact_of(file)
+        kind, _, key = name.partition("/")
+        artifact = found.setdefault(name, Stored(kind, key))
+        artifact.size_bytes += file.size
+        artifact.written = max(artifact.written, file.written)
+        artifact.whole |= file.path == f"artifacts/{name}/{MARKER}"
+    return list(found.values())
+
+
+def _artifact_of(file: StoredFile) -> str:
+    return "/".join(file.path.split("/")[1:3])
+
+
+def _read_marker(data: bytes | None) -> dict[str, Any] | None:
+    """Return the files that a marker names, or None where it is damaged."""
+    try:
+        marker = json.loads(data or b"")
+        files: dict[str, Any] = marker["files"]
+        content = content_digest({name: facts["sha256"] for name, facts in files.items()})
+        sizes = sum(facts["size"] for facts in files.values())
+        fits = (content, sizes) == (marker["artifact"]["content"], marker["artifact"]["size_bytes"])
+        return files if fits else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _work_folders(store: Store) -> dict[Path, float]:
+    """Return what processes of this machine work in, and checkpoints of unfinished trainings, each with the time of its
+    newest file. Trackers' files, which are there too, are for their user."""
+    work = store.kept_folder("trackers").parent
+    found: dict[Path, float] = {}
+    for folder in (*work.glob("tmp*"), *work.glob("training-*")):
+        times = [os.stat(place).st_mtime for place, _, _ in os.walk(folder)]
+        times += [file.written for file in FileStore(folder).list_files("")]
+        if times:
+            found[folder] = max(times)
+    return found

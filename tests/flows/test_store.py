@@ -1,0 +1,372 @@
+"""`forgetless store`: what is listed, checked and removed, on a folder and on an S3 server over HTTP."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from flows.store import DAY, collect_garbage, list_artifacts, verify_artifacts
+from tasks.core.config import load_recipe
+from tasks.core.errors import StoreError
+from tasks.core.manifest import RunManifest, write_manifest
+from tasks.core.records import ArtifactRef, ModelRef
+from tasks.core.s3 import S3Store
+from tasks.core.settings import Settings, read_settings
+from tasks.core.stages import Stage
+from tasks.core.store import FileStore, Store, open_store, stored
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Place:
+    """A store, its settings, and a way to the moment: all that is written before it is old, all after it is young."""
+
+    store: Store
+    settings: Settings
+
+    def a_day_passes(self) -> float:
+        """Return a time by the store's clock, a day after now."""
+        time.sleep(2.1)  # S3 tells times in whole seconds
+        moment = self.store.clock() + DAY - 0.5
+        time.sleep(1.1)
+        return moment
+
+    def gc(self, now: float, **options: Any) -> dict[str, str]:
+        done = collect_garbage(self.store, self.settings, lambda _: None, now=now, **options)
+        return {r["path"]: r["what"] for r in done["removed"]}
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    url = str(tmp_path / "store")
+    if request.param == "s3":
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", request.getfixturevalue("s3_endpoint"))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        url = f"s3://b{abs(hash(tmp_path)) % 10**9}/team/runs"
+    monkeypatch.setenv("FORGETLESS_STORE", url)
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    store = open_store(read_settings())
+    if isinstance(store, S3Store):
+        store.client.create_bucket(Bucket=store.bucket)
+    return Place(store, read_settings())
+
+
+def put(store: Store, name: str, size: int = 100) -> ArtifactRef:
+    def make(folder: Path) -> dict[str, str]:
+        (folder / "sub").mkdir()
+        (folder / "model.bin").write_bytes(name.encode() * size)
+        (folder / "sub" / "notes.txt").write_text(name)
+        return {"dtype": "float32"}
+
+    return stored(store, Stage("merged", 1, [name], {}), ModelRef, make).artifact
+
+
+def put_run(store: Store, run_id: str, merged: ArtifactRef, card: ArtifactRef | None = None) -> None:
+    manifest = RunManifest(
+        run_id=run_id,
+        recipe=load_recipe("quickstart"),
+        started=datetime.now(UTC),
+        merged=ModelRef(artifact=merged, dtype="float32"),
+        card=card,
+    )
+    write_manifest(store, manifest)
+
+
+def path_of(artifact: ArtifactRef) -> str:
+    return f"artifacts/{artifact.kind}/{artifact.key}"
+
+
+def output(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, Any]:
+    capsys.readouterr()
+    code = main([*command, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_artifacts_are_listed_with_the_runs_that_reach_them(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    shared, own, loose = (put(place.store, name) for name in ("shared", "own", "loose"))
+    put_run(place.store, "demo-20260101-000000-001", shared)
+    put_run(place.store, "demo-20260101-000000-002", shared, own)
+    code, found = output(capsys, "store", "ls")
+    assert code == 0
+    assert {a["key"]: a["runs"] for a in found} == {
+        shared.key: ["demo-20260101-000000-001", "demo-20260101-000000-002"],
+        own.key: ["demo-20260101-000000-002"],
+        loose.key: [],
+    }
+    assert all(abs(a["written"] - place.store.clock()) < 30 for a in found)
+    assert all(a["size_bytes"] > shared.size_bytes / 2 for a in found)
+    assert output(capsys, "store", "ls", "merged")[1] == found
+    assert {a["key"] for a in output(capsys, "store", "ls", "latest")[1]} == {shared.key, own.key}
+    assert main(["store", "ls"]) == 0
+    assert "none" in capsys.readouterr().out
+    assert main(["store", "ls", "gguf"]) == 1
+    assert "neither a kind of artifact" in capsys.readouterr().err
+
+
+def test_sizes_are_told_by_kind_and_by_who_reaches_them(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    reached, loose = put(place.store, "reached", 1000), put(place.store, "loose", 1000)
+    put_run(place.store, "demo-20260101-000000-001", reached)
+    work = place.store.kept_folder("training-abc")
+    work.mkdir(parents=True)
+    (work / "state.safetensors").write_bytes(b"x" * 1234)
+    place.store.local_folder(reached)
+    _, usage = output(capsys, "store", "du")
+    assert usage["reached"] + usage["unreached"] == usage["total"] == usage["kinds"]["merged"]
+    assert usage["reached"] > reached.size_bytes
+    assert usage["unreached"] > loose.size_bytes
+    assert usage["work"] == 1234
+    assert usage["cache"]["artifacts"] == (reached.size_bytes if isinstance(place.store, S3Store) else 0)
+    assert main(["store", "du"]) == 0
+    assert "that no run reaches" in capsys.readouterr().out
+
+
+def test_each_damaged_missing_and_additional_file_is_named(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, marker, gone = (put(place.store, name) for name in ("good", "bad", "marker", "gone"))
+    put_run(place.store, "demo-20260101-000000-001", bad, gone)
+    assert output(capsys, "store", "verify") == (
+        0,
+        {
+            "artifacts": 4,
+            "files": 8,
+            "size_bytes": sum(a.size_bytes for a in (good, bad, marker, gone)),
+            "problems": [],
+            "runs": {},
+        },
+    )
+    content = b"".join(place.store.stream(f"{path_of(bad)}/model.bin"))
+    place.store.write_bytes(f"{path_of(bad)}/model.bin", b"X" + content[1:])  # of the same size
+    place.store.delete(f"{path_of(bad)}/sub/notes.txt")
+    place.store.write_bytes(f"{path_of(bad)}/more.txt", b"more")
+    text = place.store.read_bytes(f"{path_of(marker)}/_artifact.json")
+    assert text
+    place.store.write_bytes(f"{path_of(marker)}/_artifact.json", text.replace(b'"content":"', b'"content":"0'))
+    place.store.delete(path_of(gone))
+    code, found = output(capsys, "store", "verify")
+    assert code == 1
+    assert sorted((p["artifact"], p["file"], p["problem"]) for p in found["problems"]) == sorted(
+        [
+            (f"merged/{bad.key}", "model.bin", "damaged"),
+            (f"merged/{bad.key}", "sub/notes.txt", "missing"),
+            (f"merged/{bad.key}", "more.txt", "additional"),
+            (f"merged/{marker.key}", "_artifact.json", "damaged"),
+            (f"merged/{gone.key}", "_artifact.json", "missing"),
+        ]
+    )
+    code, found = output(capsys, "store", "verify", "latest")
+    assert code == 1
+    assert {p["artifact"] for p in found["problems"]} == {f"merged/{bad.key}", f"merged/{gone.key}"}
+    assert main(["store", "verify"]) == 1
+    assert f"forgetless store rm merged/{bad.key}" in capsys.readouterr().out
+
+
+def test_what_verify_says_to_do_mends_the_store(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = put(place.store, "bad")
+    place.store.write_bytes(f"{path_of(bad)}/model.bin", b"other")
+    assert main(["store", "verify"]) == 1
+    assert main(["store", "rm", f"merged/{bad.key}"]) == 0
+    assert not put(place.store, "bad").reused
+    assert main(["store", "verify"]) == 0
+
+
+def test_a_large_file_is_hashed_in_pieces(place: Place) -> None:
+    big = put(place.store, "0123456789abcdef", 1 << 19)  # 8 MiB
+    pieces = [len(piece) for piece in place.store.stream(f"{path_of(big)}/model.bin")]
+    assert sum(pieces) == 1 << 23
+    assert max(pieces) <= 1 << 20
+    assert not verify_artifacts(place.store, None, lambda _: None)["problems"]
+
+
+def test_gc_removes_what_is_old_and_no_run_reaches(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    shared, loose = put(place.store, "shared"), put(place.store, "loose")
+    put_run(place.store, "demo-20260101-000000-001", shared)
+    put_run(place.store, "demo-20260101-000000-002", shared)
+    place.store.write_bytes("artifacts/gguf/abc/model.gguf", b"half")
+    now = place.a_day_passes()
+    young = put(place.store, "young")
+    place.store.write_bytes("artifacts/gguf/def/model.gguf", b"half")
+    expected = {path_of(loose): "no run reaches it", "artifacts/gguf/abc": "never finished"}
+    before = sorted(file.path for file in place.store.list_files("artifacts"))
+    assert place.gc(now, dry_run=True) == expected
+    assert sorted(file.path for file in place.store.list_files("artifacts")) == before
+    assert place.gc(now) == expected
+    assert {a.name for a in list_artifacts(place.store)} == {
+        f"merged/{shared.key}",
+        f"merged/{young.key}",
+        "gguf/def",
+    }
+    assert main(["store", "rm", "demo-20260101-000000-001"]) == 0
+    assert place.gc(now) == {}
+    assert main(["store", "rm", "demo-20260101-000000-002"]) == 0
+    assert place.gc(now) == {path_of(shared): "no run reaches it"}
+    assert output(capsys, "store", "gc")[1]["removed"] == [], "by the store's own clock nothing is old"
+
+
+def test_gc_keeps_what_the_registry_names(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = put(place.store, "kept")
+    put_run(place.store, "demo-20260101-000000-001", kept)
+    entry = {"number": 1, "run": "demo-20260101-000000-001"}
+    place.store.create_bytes("registry/demo/versions/1.json", json.dumps(entry).encode())
+    assert main(["store", "rm", "demo-20260101-000000-001"]) == 2
+    assert "is in the registry" in capsys.readouterr().err
+    far = place.store.clock() + 3 * DAY
+    assert place.gc(far) == {}
+    place.store.delete("runs/demo-20260101-000000-001")
+    with pytest.raises(StoreError, match="has no manifest"):
+        place.gc(far)
+    place.store.write_bytes("registry/demo/versions/1.json", b"[")
+    with pytest.raises(StoreError, match="not an entry of the registry"):
+        place.gc(far)
+    assert place.store.read_bytes(f"{path_of(kept)}/_artifact.json")
+
+
+def test_a_manifest_that_cannot_be_read_stops_gc(place: Place) -> None:
+    loose = put(place.store, "loose")
+    place.store.write_bytes("runs/demo-20260101-000000-001/manifest.json", b'{"version": 1}')
+    with pytest.raises(StoreError, match="nothing was done.*forgetless store rm demo-20260101-000000-001"):
+        place.gc(place.store.clock() + 3 * DAY)
+    assert place.store.read_bytes(f"{path_of(loose)}/_artifact.json")
+    assert main(["store", "rm", "demo-20260101-000000-001"]) == 0
+    assert place.gc(place.store.clock() + 3 * DAY) == {path_of(loose): "no run reaches it"}
+
+
+def test_rm_takes_the_names_of_things_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = put(place.store, "kept")
+    for name in ("/", "merged/", "merged/..", "../runs", "merged", "", f"merged/{kept.key}/sub"):
+        assert main(["store", "rm", name]) == 1, name
+        assert "There is no" in capsys.readouterr().err
+    assert not verify_artifacts(place.store, None, lambda _: None)["problems"]
+
+
+def test_what_killed_processes_left_goes_and_what_is_at_work_stays(place: Place) -> None:
+    code = (
+        "import pathlib, sys, time; from tasks.core.settings import read_settings; "
+        "from tasks.core.store import open_store\n"
+        "with open_store(read_settings()).work_folder() as folder:\n"
+        "    (folder / 'half').write_bytes(b'x' * 50); print(folder, flush=True); time.sleep(60)"
+    )
+    folders, processes = [], []
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        folders.append(process.stdout.readline().strip())
+        processes.append(process)
+    killed, alive = processes
+    try:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        old, new = (place.store.kept_folder(f"training-{name}") for name in ("old", "new"))
+        trackers = place.store.kept_folder("trackers")
+        for folder in (old, new, trackers):
+            (folder / "last").mkdir(parents=True)
+            (folder / "last" / "state.json").write_text("{}")
+        now = place.store.clock() + 10
+        for path in (*old.rglob("*"), old, *trackers.rglob("*"), trackers):
+            os.utime(path, (now - 2 * DAY, now - 2 * DAY))
+        assert place.gc(now) == {str(old): "left by a process"}, "the others are younger than a day"
+        for path in (Path(folders[0]) / "half", Path(folders[0]), Path(folders[1]) / "half", Path(folders[1])):
+            os.utime(path, (now - 2 * DAY, now - 2 * DAY))
+        assert place.gc(now, dry_run=True) == place.gc(now) == {folders[0]: "left by a process"}
+        assert Path(folders[1], "half").exists(), "its process is alive"
+        assert (new / "last" / "state.json").exists()
+        assert (trackers / "last" / "state.json").exists()
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+def test_unfinished_uploads_and_temporary_files_go(place: Place) -> None:
+    if isinstance(place.store, S3Store):
+        upload = place.store.client.create_multipart_upload(
+            Bucket=place.store.bucket, Key="team/runs/artifacts/gguf/abc/model.gguf"
+        )
+        elsewhere = {"Bucket": place.store.bucket, "Key": "team/runs2/model.gguf"}
+        place.store.client.create_multipart_upload(**elsewhere)
+        (begun,) = place.store.list_partial()
+        assert begun.path == f"artifacts/gguf/abc/model.gguf?uploadId={upload['UploadId']}"
+    else:
+        assert isinstance(place.store, FileStore)
+        place.store.write_bytes("runs/a-1/manifest.json.txt", b"kept")
+        (place.store.root / "runs" / "a-1" / ".manifest.json.abcd_123").write_bytes(b"half")
+        (begun,) = place.store.list_partial()
+        place.store.delete("runs/a-1/manifest.json.txt")
+    assert place.gc(begun.written + DAY - 1) == {}
+    assert place.gc(begun.written + DAY + 1) == {begun.path: "never finished"}
+    assert list(place.store.list_partial()) == []
+
+
+def test_the_cache_keeps_to_its_limit_but_for_what_is_in_use(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isinstance(place.store, S3Store):
+        pytest.skip("a folder is read in place")
+    first, second, third, fourth = (put(place.store, name, 1000) for name in ("1_", "2_", "3_", "4_"))
+    code = (
+        "import sys, time; from tasks.core.records import ArtifactRef; from tasks.core.settings import read_settings; "
+        "from tasks.core.store import open_store\n"
+        "for ref in sys.argv[2:]:\n"
+        "    open_store(read_settings()).local_folder(ArtifactRef.model_validate_json(ref))\n"
+        "print('done', flush=True); time.sleep(float(sys.argv[1]))"
+    )
+
+    def use(seconds: int, *refs: ArtifactRef) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, str(seconds), *(ref.model_dump_json() for ref in refs)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        assert process.stdout.readline() == "done\n"
+        return process
+
+    def kept() -> set[str]:
+        return {folder.name for folder in (place.settings.cache / "artifacts" / "merged").iterdir()}
+
+    monkeypatch.setenv("FORGETLESS_CACHE_LIMIT", "6.5kB")  # three of them
+    user = use(60, first)
+    try:
+        use(0, second).wait()
+        use(0, third, second).wait()  # so the third is the longest unused of those that nobody uses
+        use(0, fourth).wait()
+        assert kept() == {first.content, second.content, fourth.content}
+        assert len(place.gc(place.store.clock(), cache=True, dry_run=True)) == 2
+        assert main(["store", "gc", "--cache"]) == 0
+        assert kept() == {first.content}
+    finally:
+        user.kill()
+        user.wait()
+    assert main(["store", "gc", "--cache"]) == 0
+    assert kept() == set()
+    assert "1 removed" in capsys.readouterr().out
+
+
+def test_a_limit_that_is_no_size_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FORGETLESS_STORE", str(tmp_path))
+    monkeypatch.setenv("FORGETLESS_CACHE_LIMIT", "much")
+    assert main(["store", "du"]) == 2
+    assert "expected a size such as 50GB or 500MB, found 'much'" in capsys.readouterr().err
+    for text, size in (("50GB", 50 * 10**9), ("1.5 GiB", 3 << 29), ("10B", 10)):
+        monkeypatch.setenv("FORGETLESS_CACHE_LIMIT", text)
+        assert read_settings().cache_limit == size
