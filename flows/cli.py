@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, NoReturn
 
@@ -16,9 +18,14 @@ GATE_CODES = {"promote": 0, "reject": 4, "inconclusive": 5}
 INTERRUPTED = "Interrupted. What finished is kept: the same command goes on from there."
 
 
+class _Terminated(BaseException):
+    """SIGTERM came: everything at work cleans up behind itself, as after Ctrl-C."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or configuration, 3 data rejected;
-    with --gate also 4 over budget, 5 inconclusive. A user's mistake gives one sentence, no traceback."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or configuration, 3 data rejected, 130
+    interrupted, 143 terminated; with --gate also 4 over budget, 5 inconclusive. A user's mistake gives one sentence, no
+    traceback."""
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["lm-eval"]:  # the rest is lm-eval's to read
         rest = given[1:]
@@ -30,13 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        return command(arguments)
+        with _raising_on_sigterm():
+            return command(arguments)
     except ForgetlessError as error:
         if arguments.debug:
             raise
         return _fail(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail(arguments, arguments.interrupted, 130)
+        return _fail(arguments, arguments.interrupted, 128 + signal.SIGINT)
+    except _Terminated:
+        return _fail(arguments, arguments.interrupted.replace("Interrupted", "Terminated"), 128 + signal.SIGTERM)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -45,6 +55,24 @@ def main(argv: list[str] | None = None) -> int:
             raise
         text = f"Failed: {type(error).__name__}: {error}\nRun again with --debug for the traceback."
         return _fail(arguments, text, 1)
+
+
+@contextlib.contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """Raise _Terminated within when SIGTERM comes. In a flow the signal is Prefect's first, which ends the flow as
+    crashed and then sends the signal again to whoever handled it before."""
+
+    def end(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _fail(arguments: argparse.Namespace, text: str, code: int) -> int:

@@ -158,17 +158,27 @@ class S3Store:
     def kept_folder(self, name: str) -> Path:
         return self.cache / "work" / name
 
-    def upload(self, folder: Path, path: str, marker: bytes) -> None:
+    def files_path(self, ref: ArtifactRef) -> str:
+        # Named by content: what two writers of one key upload side by side never mixes, the marker says whose counts.
+        return f"artifacts/{ref.kind}/{ref.key}/{ref.content}"
+
+    def upload(self, folder: Path, ref: ArtifactRef, marker: bytes) -> bool:
         from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError
 
+        path, place = f"artifacts/{ref.kind}/{ref.key}", self.files_path(ref)
         try:
             for file in sorted(p for p in folder.rglob("*") if p.is_file()):
                 name = file.relative_to(folder).as_posix()
-                self.client.upload_file(str(file), self.bucket, self._key(f"{path}/{name}"))
+                self.client.upload_file(str(file), self.bucket, self._key(f"{place}/{name}"))
         except (BotoCoreError, ClientError, S3UploadFailedError) as error:
             raise self._error(f"write {path}", error) from error
-        self.write_bytes(f"{path}/{MARKER}", marker)
+        first = self.create_bytes(f"{path}/{MARKER}", marker)
+        counts = json.loads(marker if first else self.read_bytes(f"{path}/{MARKER}") or marker)["artifact"]["content"]
+        for content in self.list_folders(path):
+            if content != counts:  # of a writer that was killed, or came second
+                self.delete(f"{path}/{content}")
+        return first
 
     def local_folder(self, ref: ArtifactRef) -> Path:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -178,7 +188,7 @@ class S3Store:
             return target
         path = f"artifacts/{ref.kind}/{ref.key}"
         marker = self.read_bytes(f"{path}/{MARKER}")
-        if marker is None:
+        if marker is None or json.loads(marker)["artifact"]["content"] != ref.content:
             raise StoreError(f"{ref.uri} is not in the store any more. Run again to make it anew.")
         if self.cache_limit is not None:
             trim_cache(self.cache, self.cache_limit - ref.size_bytes)
@@ -189,7 +199,7 @@ class S3Store:
                     raise StoreError(f"{ref.uri} names a file outside its folder: {name!r}.")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    self.client.download_file(self.bucket, self._key(f"{path}/{name}"), str(file))
+                    self.client.download_file(self.bucket, self._key(f"{self.files_path(ref)}/{name}"), str(file))
                 except (BotoCoreError, ClientError) as error:
                     raise self._error(f"read {path}/{name}", error) from error
                 if file_sha256(file) != facts["sha256"]:

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlparse
 from tasks.core.cache import held_folder
 from tasks.core.digest import canonical_json, content_digest, file_sha256
 from tasks.core.errors import StoreError, describe_os_error
+from tasks.core.lease import hold_lease
 from tasks.core.records import ArtifactRecord, ArtifactRef
 from tasks.core.settings import Settings
 from tasks.core.stages import Stage
@@ -81,8 +82,12 @@ class Store(Protocol):
     def kept_folder(self, name: str) -> Path:
         """Return a local folder for unfinished work that outlives a process; whoever finishes the work removes it."""
 
-    def upload(self, folder: Path, path: str, marker: bytes) -> None:
-        """Move the files of a local folder under `path`, the marker last."""
+    def files_path(self, ref: ArtifactRef) -> str:
+        """Return where in the store an artifact's files are."""
+
+    def upload(self, folder: Path, ref: ArtifactRef, marker: bytes) -> bool:
+        """Move the files of a local folder to where an artifact's are, the marker last, and return True; False where
+        the artifact is there already, which stays as it is. Of several writers at once one gets True."""
 
     def local_folder(self, ref: ArtifactRef) -> Path:
         """Return a local folder with the artifact's files, downloaded and verified if need be."""
@@ -119,35 +124,39 @@ def find_artifact(store: Store, stage: Stage, record_type: type[RecordType]) -> 
 def stored(
     store: Store, stage: Stage, record_type: type[RecordType], make: Callable[[Path], dict[str, Any]]
 ) -> RecordType:
-    """Return the record of a stage's artifact, making it only if it is not in the store.
+    """Return the record of a stage's artifact, making it only if it is not in the store and no other process is at it.
 
     `make(folder)` writes the artifact's files and returns the record's fields except `artifact`."""
     found = find_artifact(store, stage, record_type)
     if found is not None:
         return found
-    with store.work_folder() as folder:
-        try:
-            fields = make(folder)
-            return put_artifact(store, stage, folder, record_type, fields)
-        except OSError as error:
-            if error.errno not in CANNOT_WRITE:
-                raise  # the stage's own trouble, a network's say: it may be retried
-            raise StoreError(describe_os_error(error, f"write the {stage.kind} artifact to {store.url}")) from error
+    with hold_lease(store, stage):
+        found = find_artifact(store, stage, record_type)  # its former holder may have finished it
+        if found is not None:
+            return found
+        with store.work_folder() as folder:
+            try:
+                fields = make(folder)
+                return put_artifact(store, stage, folder, record_type, fields)
+            except OSError as error:
+                if error.errno not in CANNOT_WRITE:
+                    raise  # the stage's own trouble, a network's say: it may be retried
+                raise StoreError(describe_os_error(error, f"write the {stage.kind} artifact to {store.url}")) from error
 
 
 def put_artifact(
     store: Store, stage: Stage, folder: Path, record_type: type[RecordType], fields: dict[str, Any]
 ) -> RecordType:
-    """Move a folder's files into the store as an artifact, and return its record."""
+    """Move a folder's files into the store as an artifact, and return its record; where another process committed the
+    same artifact first, the record of that one."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     files: dict[str, Any] = {
         p.relative_to(folder).as_posix(): {"sha256": file_sha256(p), "size": p.stat().st_size} for p in paths
     }
-    path = f"artifacts/{stage.kind}/{stage.key}"
     artifact = ArtifactRef(
         kind=stage.kind,
         key=stage.key,
-        uri=f"{store.url}/{path}",
+        uri=f"{store.url}/artifacts/{stage.kind}/{stage.key}",
         content=content_digest({name: f["sha256"] for name, f in files.items()}),
         size_bytes=sum(f["size"] for f in files.values()),
     )
@@ -157,8 +166,12 @@ def put_artifact(
         "files": files,
         "record": record.model_dump(mode="json", exclude={"artifact"}),
     }
-    store.upload(folder, path, canonical_json(marker))
-    return record
+    if store.upload(folder, artifact, canonical_json(marker)):
+        return record
+    found = find_artifact(store, stage, record_type)
+    if found is None:
+        raise StoreError(f"{artifact.uri} was finished by another process and deleted since. Run again.")
+    return found
 
 
 def check_writable(store: Store) -> None:
@@ -283,21 +296,41 @@ class FileStore:
     def kept_folder(self, name: str) -> Path:
         return self._path(f"work/{name}")
 
-    def upload(self, folder: Path, path: str, marker: bytes) -> None:
-        target = self._path(path)
+    def files_path(self, ref: ArtifactRef) -> str:
+        return f"artifacts/{ref.kind}/{ref.key}"
+
+    def upload(self, folder: Path, ref: ArtifactRef, marker: bytes) -> bool:
+        target = self._path(self.files_path(ref))
         (folder / MARKER).write_bytes(marker)
         for file in folder.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not (target / MARKER).exists():
-            shutil.rmtree(target)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            _empty_partial(target)
         try:
             folder.rename(target)
+            return True
         except OSError:
-            if not (target / MARKER).exists():  # else: another run finished the same artifact first
-                raise
+            if (target / MARKER).exists():  # another process finished the same artifact first
+                return False
+            raise
 
     def local_folder(self, ref: ArtifactRef) -> Path:
-        return self._path(f"artifacts/{ref.kind}/{ref.key}")
+        return self._path(self.files_path(ref))
+
+
+def _empty_partial(target: Path) -> None:
+    """Empty a folder that has no marker; a whole one that takes its place meanwhile is not touched."""
+    opened = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if MARKER in os.listdir(opened):
+            return
+        for _, folders, files, place in os.fwalk(".", topdown=False, dir_fd=opened):
+            for name in files:
+                os.unlink(name, dir_fd=place)
+            for name in folders:
+                os.rmdir(name, dir_fd=place)
+    finally:
+        os.close(opened)

@@ -123,11 +123,14 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         texts.sort(key=lambda text: text.tokens)
         results: list[Result] = [(0.0, False)] * len(requests)
         done = 0
+        ended = threading.Event()
 
         def score(part: Sequence[Text]) -> None:
             nonlocal done
             past: KeysAndValues = {}
             for row in make_rows(part, self.row_tokens, goes_on=self.plans):
+                if ended.is_set():
+                    return
                 scored, past = self._score_row(row, past, requests)
                 with self._lock:
                     for i, result in scored:
@@ -137,7 +140,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                     done += len(scored)
                     self.on_progress(done, len(requests))
 
-        for _ in map_parallel(score, split_evenly(texts, self.lanes)):
+        for _ in map_parallel(score, split_evenly(texts, self.lanes), ended):
             pass
         return results
 
@@ -211,6 +214,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             return written
         results = [""] * len(requests)
         done = 0
+        ended = threading.Event()
         for group in groups.values():
             options = normalize_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks)
             eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -238,12 +242,15 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 nonlocal done
 
                 def is_done(tokens: list[int]) -> bool:
-                    return tokens[-1] in self._ends or any(stop in self.tok_decode(tokens) for stop in stops)
+                    over = ended.is_set() or tokens[-1] in self._ends
+                    return over or any(stop in self.tok_decode(tokens) for stop in stops)
 
                 assert self.head is not None
                 written = generate(
                     self.model.get_decoder(), self.head, [text.tokens for text in part], most, is_done, penalty
                 )
+                if ended.is_set():
+                    return
                 with self._lock:
                     for text, tokens in zip(part, written, strict=True):
                         if self.unfinished is not None and len(tokens) >= most and not is_done(tokens):
@@ -253,7 +260,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                     done += len(part)
                     self.on_progress(done, len(requests))
 
-            for _ in map_parallel(write, parts):
+            for _ in map_parallel(write, parts, ended):
                 pass
         return results
 

@@ -6,13 +6,14 @@ points as they come, then the record's fields or an error. What libraries print 
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ ENDING_SECONDS = 120  # for the step at work and its checkpoint
 LOG_LINES = 5
 LEAST_PACK_TOKENS = 64
 PR_SET_PDEATHSIG = 1
-JOB, LOG = "job.json", "log.txt"
+JOB, LOG, LOCK = "job.json", "log.txt", "lock"
 
 
 def run_training(
@@ -40,40 +41,61 @@ def run_training(
     """Return AdapterRef's fields of a training in its own process; `places` are trainer.Places' folders as text, and
     `trackers` the arguments of open_trackers but for the names. Killed for its memory, it goes on with half the pack.
 
-    Raises the error that the training raised, or ForgetlessError where its process died."""
+    Raises the error that the training raised, or ForgetlessError where its process died or another one trains with the
+    same checkpoints."""
     folder = Path(str(places["checkpoints"]))
+    with _locked(folder) as lock:
+        notes: list[str] = []
+        packs = config.pack_tokens
+        while True:
+            job = {
+                "places": places,
+                "config": config.model_dump(mode="json"),
+                "pack_tokens": packs,
+                "trust_remote_code": trust_remote_code,
+                "trackers": trackers,
+            }
+            (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+            code, end = _run(folder, on_step, lock)
+            if "fields" in end:
+                fields: dict[str, Any] = end["fields"]
+                return {**fields, "notes": [*notes, *fields["notes"]]}
+            if "error" in end:
+                kind = getattr(errors, end["kind"], ForgetlessError)
+                raise kind(end["error"])
+            if code == -signal.SIGKILL and packs > LEAST_PACK_TOKENS:
+                packs //= 2
+                notes.append(f"The system ended the training for its memory: it went on with packs of {packs} tokens.")
+                continue
+            raise ForgetlessError(_describe_end(code, folder))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Yield the handle of a folder's lock, which whoever has it keeps until it ends, however it ends. The lease of the
+    stage has one training at a time, but for a process that was paused: its training may still be at work."""
     folder.mkdir(parents=True, exist_ok=True)
-    notes: list[str] = []
-    packs = config.pack_tokens
-    while True:
-        job = {
-            "places": places,
-            "config": config.model_dump(mode="json"),
-            "pack_tokens": packs,
-            "trust_remote_code": trust_remote_code,
-            "trackers": trackers,
-        }
-        (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
-        code, end = _run(folder, on_step)
-        if "fields" in end:
-            fields: dict[str, Any] = end["fields"]
-            return {**fields, "notes": [*notes, *fields["notes"]]}
-        if "error" in end:
-            kind = getattr(errors, end["kind"], ForgetlessError)
-            raise kind(end["error"])
-        if code == -signal.SIGKILL and packs > LEAST_PACK_TOKENS:
-            packs //= 2
-            notes.append(f"The system ended the training for its memory: it went on with packs of {packs} tokens.")
-            continue
-        raise ForgetlessError(_describe_end(code, folder))
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ForgetlessError(
+                f"Another process, paused perhaps, still trains with the checkpoints in {folder}. Let it finish or end "
+                "it (`fuser` on the file `lock` there names it), then run the same command again."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield file.fileno()
 
 
-def _run(folder: Path, on_step: OnStep) -> tuple[int, dict[str, Any]]:
-    """Return a training process's exit code and the last object it wrote that is no point."""
+def _run(folder: Path, on_step: OnStep, lock: int) -> tuple[int, dict[str, Any]]:
+    """Return a training process's exit code and the last object it wrote that is no point. It holds the lock too."""
     end: dict[str, Any] = {}
     command = [sys.executable, "-m", "tasks.training.worker", str(folder / JOB)]
     with (folder / LOG).open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment())
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(), pass_fds=[lock]
+        )
         try:
             assert process.stdout is not None
             for line in process.stdout:

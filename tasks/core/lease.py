@@ -1,0 +1,117 @@
+"""Leases: of several processes that want the same artifact, one makes it and the others wait for it.
+
+A lease is a small object `leases/<kind>/<key>.<number>` that its holder created where there was none, with a heartbeat
+beside it that a thread renews. After STALE_SECONDS without a sign of life, by the store's clock, another process takes
+over under the next number. A lease saves work, it does not guard bytes: a holder that was paused for longer goes on
+beside its successor, and the store keeps what is committed first.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from tasks.core.errors import StoreError
+
+if TYPE_CHECKING:
+    from tasks.core.stages import Stage
+    from tasks.core.store import Store, StoredFile
+
+STALE_SECONDS = 60.0
+BEAT_SECONDS = 10.0
+POLL_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def hold_lease(store: "Store", stage: "Stage") -> Iterator[None]:
+    """Hold the lease of a stage's artifact within; first wait while another process holds it, and say for whom."""
+    lease = Lease(store, stage)
+    ended = threading.Event()
+    beats = threading.Thread(target=lease.beat, args=(ended,), name="lease", daemon=True)
+    try:
+        lease.take()
+        beats.start()
+        yield
+    finally:
+        ended.set()
+        if beats.ident:
+            beats.join(BEAT_SECONDS)
+        with contextlib.suppress(StoreError):  # what cannot be deleted goes stale
+            lease.release()
+
+
+class Lease:
+    """The lease of a stage's artifact, for one holder."""
+
+    def __init__(self, store: "Store", stage: "Stage") -> None:
+        self.store, self.kind = store, stage.kind
+        self.folder, self.name = f"leases/{stage.kind}", stage.key
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex}
+        self.mine = json.dumps(holder).encode()
+        self.path: str | None = None
+        """Where the holder's own is, from before it is created."""
+
+    def take(self) -> None:
+        """Return when the lease is this holder's."""
+        told = 0
+        while True:
+            found = self._find()
+            number = max(found, default=0)
+            if number and self._is_alive(found[number]):
+                if number != told:
+                    self._tell(found[number])
+                told = number
+                time.sleep(POLL_SECONDS)
+                continue
+            self.path = f"{self.folder}/{self.name}.{number + 1}"
+            if self.store.create_bytes(self.path, self.mine):
+                for file in (file for files in found.values() for file in files):
+                    self.store.delete(file.path)
+                return
+            self.path = None  # another was faster
+
+    def beat(self, ended: threading.Event) -> None:
+        """Give signs of life until `ended`, or until another process took over."""
+        assert self.path
+        while not ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(StoreError):  # a network that comes back within STALE_SECONDS loses nothing
+                if self.store.read_bytes(self.path) != self.mine:
+                    return
+                self.store.write_bytes(f"{self.path}.beat", self.mine)
+
+    def release(self) -> None:
+        """Delete what this holder has of the lease: the heartbeat first, which alone would look like a holder."""
+        if self.path:
+            self.store.delete(f"{self.path}.beat")
+            self.store.delete(self.path)
+
+    def _find(self) -> dict[int, list["StoredFile"]]:
+        """Return the files of every number: a holder's own, then its heartbeat."""
+        found = defaultdict(list)
+        for file in sorted(self.store.list_files(self.folder), key=lambda file: file.path):
+            key, _, rest = file.path.removeprefix(f"{self.folder}/").partition(".")
+            if key == self.name:
+                found[int(rest.removesuffix(".beat"))].append(file)
+        return found
+
+    def _is_alive(self, files: list["StoredFile"]) -> bool:
+        return self.store.clock() - max(file.written for file in files) < STALE_SECONDS
+
+    def _tell(self, files: list["StoredFile"]) -> None:
+        """Say on standard error for whom this process waits."""
+        holder = json.loads(self.store.read_bytes(files[0].path) or b"{}")
+        since = datetime.fromtimestamp(files[0].written).astimezone()
+        print(
+            f"forgetless: process {holder.get('process', '?')} on {holder.get('host', '?')} has been making this "
+            f"{self.kind} artifact since {since:%H:%M:%S}: waiting for it, or for {STALE_SECONDS:.0f} s without a sign "
+            "of life.",
+            file=sys.stderr,
+        )
