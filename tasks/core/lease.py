@@ -58,6 +58,7 @@ class Lease:
         self.mine = json.dumps(holder).encode()
         self.path: str | None = None
         """Where the holder's own is, from before it is created."""
+        self.has_beaten = False
 
     def take(self) -> None:
         """Return when the lease is this holder's."""
@@ -85,12 +86,14 @@ class Lease:
             with contextlib.suppress(StoreError):  # a network that comes back within STALE_SECONDS loses nothing
                 if self.store.read_bytes(self.path) != self.mine:
                     return
+                self.has_beaten = True
                 self.store.write_bytes(f"{self.path}.beat", self.mine)
 
     def release(self) -> None:
         """Delete what this holder has of the lease: the heartbeat first, which alone would look like a holder."""
-        if self.path:
+        if self.has_beaten:
             self.store.delete(f"{self.path}.beat")
+        if self.path:
             self.store.delete(self.path)
 
     def _find(self) -> dict[int, list["StoredFile"]]:

@@ -74,10 +74,9 @@ class S3Store:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            for key in (f"{path}/{MARKER}", path):
-                self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
-            for file in list(self.list_files(path)):
-                self.client.delete_object(Bucket=self.bucket, Key=self._key(file.path))
+            found = [file.path for file in self.list_files(path)] or [path]
+            for file in sorted(found, key=lambda file: file != f"{path}/{MARKER}"):
+                self.client.delete_object(Bucket=self.bucket, Key=self._key(file))
         except (BotoCoreError, ClientError) as error:
             raise self._error(f"delete {path}", error) from error
 

@@ -3,7 +3,9 @@
 import json
 import math
 import multiprocessing
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +110,32 @@ def test_log_likelihoods_are_nearer_to_float64_than_lm_evals_own(smollm, library
 
     assert furthest(ours) < 5e-5
     assert furthest(ours) < furthest(theirs)
+
+
+@pytest.mark.parametrize("asked", ["loglikelihood", "generate_until"])
+def test_an_interrupt_ends_scoring_with_the_row_at_work(smollm, asked: str) -> None:
+    model, tokenizer = smollm
+    told: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def say(done: int, total: int) -> None:  # in a thread of the scoring; the signal is the main thread's
+        told.append(done)
+        if len(told) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    backend = SharedPrefixLM(model, tokenizer, 16, say)
+    texts = [f"Number {i} says that {word}" for word in ("the sea", "a tree", "snow") for i in range(60)]
+    options = {"until": ["\n"], "max_gen_toks": 3}
+    requests = [SimpleNamespace(args=(t, options if asked == "generate_until" else " is wide.")) for t in texts]
+    former = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(backend, asked)(requests)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert told[-1] < len(requests) / 2
 
 
 def test_a_model_whose_attention_is_not_ours_is_scored_with_a_mask(tmp_path: Path, smollm) -> None:

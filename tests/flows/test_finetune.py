@@ -1,7 +1,12 @@
 """The main job, end to end through Prefect on a real tiny model: every stage real, then every stage reused."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from tasks.core import registry
 from tasks.core.errors import ConfigError, ExportError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
 from tasks.core.store import FileStore
+from tests.conftest import ROOT
 from tests.export.recorded_ollama import RecordedOllama
 
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "the sky": "blue", "blood": "red", "gold": "yellow"}
@@ -552,3 +558,32 @@ def test_what_moved_is_explained(finished: FileStore, capsys: pytest.CaptureFixt
     assert gained[0]["question"]
     assert main(["explain", run_ids(finished)[0], "--store", str(finished.root)]) == 0
     assert "Subject" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_run_with_a_sentence_and_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    command = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())", "run", str(recipe)]
+    command += ["--store", str(store.root), "--set", "train.epochs=500", "--set", "train.checkpoint_minutes=60"]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        for _ in range(1200):  # until the live curve tells that steps were taken
+            if [*store.root.glob("runs/*/curve/*")]:
+                break
+            time.sleep(0.1)
+        assert run.poll() is None and [*store.root.glob("leases/adapter/*")]
+        run.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        said = run.communicate(timeout=60)[1]
+        assert time.monotonic() - asked < 30
+    finally:
+        run.kill()
+    assert run.returncode == 143
+    assert said.endswith("forgetless: Terminated. What finished is kept: the same command goes on from there.\n")
+    assert "Traceback" not in said
+    (training,) = store.root.glob("work/training-*")
+    state = json.loads((training / "last" / "state.json").read_text())
+    assert state["progress"]["step"] > 0
+    assert {path.name for path in store.root.glob("work/*")} <= {training.name, "probe"}
+    assert not [*store.list_files("leases")]
+    assert read_manifest(store, "latest").status == "failed"

@@ -1,5 +1,6 @@
 """Training in its own process: the same adapter, its errors as they are, and a crash told in a sentence."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -124,3 +125,22 @@ def test_a_training_dies_with_the_process_that_started_it(tiny_folder: Path, tok
         pytest.fail("the training went on without its parent")
     fields = run(where, config(epochs=99, checkpoint_minutes=0, max_minutes=0.0001))
     assert "Resumed at step" in fields["notes"][0]
+
+
+def test_two_trainings_never_share_their_checkpoints(tmp_path: Path) -> None:
+    where = places(tmp_path, tmp_path, tmp_path / "out")
+    (tmp_path / "checkpoints").mkdir()
+    with (tmp_path / "checkpoints" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ForgetlessError, match="Another process, paused perhaps, still trains with the checkpoints"):
+            run(where, config())
+
+
+def test_the_training_itself_keeps_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        'import json, os; names = [os.path.realpath(file.path) for file in os.scandir("/proc/self/fd")]; '
+        'print(json.dumps(dict(fields=dict(notes=[name for name in names if name.endswith("/lock")]))))'
+    )
+    fake(tmp_path, monkeypatch, program)
+    found = run(places(tmp_path, tmp_path, tmp_path / "out"), config())
+    assert found["notes"] == [str(tmp_path / "checkpoints" / "lock")]
