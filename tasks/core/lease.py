@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tasks.core.stages import Stage
     from tasks.core.store import Store, StoredFile
 
-STALE_SECONDS = 60.0
-BEAT_SECONDS = 10.0
+STALE_SECONDS = 30.0
+BEAT_SECONDS = 5.0
 POLL_SECONDS = 2.0
 
 

@@ -563,7 +563,7 @@ def test_what_moved_is_explained(finished: FileStore, capsys: pytest.CaptureFixt
 def test_sigterm_ends_a_run_with_a_sentence_and_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     command = [sys.executable, "-c", "import sys; from flows.cli import main; sys.exit(main())", "run", str(recipe)]
-    command += ["--store", str(store.root), "--set", "train.epochs=500", "--set", "train.checkpoint_minutes=60"]
+    command += ["--store", str(store.root), "--set", "train.epochs=99", "--set", "train.checkpoint_minutes=60"]
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
