@@ -2,8 +2,9 @@
 
 A lease is a small object `leases/<kind>/<key>.<number>` that its holder created where there was none, with a heartbeat
 beside it that a thread renews. After STALE_SECONDS without a sign of life, by the store's clock, another process takes
-over under the next number. A lease saves work, it does not guard bytes: a holder that was paused for longer goes on
-beside its successor, and the store keeps what is committed first.
+over under the next number; at once where the holder was a process of this machine that is no more. A lease saves work,
+it does not guard bytes: a holder that was paused for longer goes on beside its successor, and the store keeps what is
+committed first.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import StoreError
@@ -55,6 +57,7 @@ class Lease:
         self.store, self.kind = store, stage.kind
         self.folder, self.name = f"leases/{stage.kind}", stage.key
         holder = {"host": socket.gethostname(), "process": os.getpid(), "token": uuid.uuid4().hex}
+        holder |= {"started": _started(os.getpid()), "space": _space()}
         self.mine = json.dumps(holder).encode()
         self.path: str | None = None
         """Where the holder's own is, from before it is created."""
@@ -106,6 +109,9 @@ class Lease:
         return found
 
     def _is_alive(self, files: list["StoredFile"]) -> bool:
+        holder = json.loads(self.store.read_bytes(files[0].path) or b"{}")
+        if holder.get("space") and holder["space"] == _space() and _started(holder["process"]) != holder["started"]:
+            return False  # it was killed on this very machine
         return self.store.clock() - max(file.written for file in files) < STALE_SECONDS
 
     def _tell(self, files: list["StoredFile"]) -> None:
@@ -118,3 +124,21 @@ class Lease:
             "of life.",
             file=sys.stderr,
         )
+
+
+def _space() -> str | None:
+    """Return what the process ids of this boot and container belong to; None where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return None
+
+
+def _started(process: int) -> str | None:
+    """Return when a process was started, in ticks since the boot; None where there is none."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # a zombie holds nothing any more

@@ -33,6 +33,8 @@ text, seconds, how = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 lease.STALE_SECONDS, lease.BEAT_SECONDS, lease.POLL_SECONDS = {STALE_SECONDS}, 0.3, 0.1
 if how == "patient":
     lease.STALE_SECONDS = 600
+if how == "elsewhere":
+    lease._space = lambda: None
 if how.startswith("clock"):
     machine, off = time.time, float(how.removeprefix("clock"))
     time.time = lambda: machine() + off
@@ -139,10 +141,23 @@ def test_a_killed_holder_is_taken_over_when_its_lease_is_stale(processes: Proces
     time.sleep(1)  # some heartbeats
     holder.kill()
     killed = time.monotonic()
-    record, made, said = finish(processes.start())
+    record, made, said = finish(processes.start(how="elsewhere"))
     assert made and f"process {holder.pid} on" in said
     assert time.monotonic() - killed > STALE_SECONDS - 2  # S3 tells time in whole seconds
     for litter in [*any_store.list_files("work")]:  # of the one that was killed
+        any_store.delete(litter.path)
+    check_whole(any_store, record)
+
+
+def test_a_holder_that_was_killed_on_this_machine_is_taken_over_at_once(processes: Processes, any_store: Store) -> None:
+    holder = processes.start_holder(seconds=60, how="patient")
+    holder.kill()
+    holder.wait()
+    started = time.monotonic()
+    record, made, said = finish(processes.start(how="patient"))
+    assert made and not said, "nobody was waited for"
+    assert time.monotonic() - started < 60
+    for litter in [*any_store.list_files("work")]:
         any_store.delete(litter.path)
     check_whole(any_store, record)
 
