@@ -92,8 +92,8 @@ class RunScreen:
             self.live.stop()
 
     def _on_progress(self, stage: str, done: int, total: int, note: str) -> None:
-        now = time.monotonic()
-        if self.stage == "start":
+        now, stage = time.monotonic(), stage or self.stage
+        if self.stage == "start" != stage:
             self._finish("start", "computed", now - self.began)
         if done == -1:
             self._finish(stage, note, now - self.stage_began if stage == self.stage else 0.0)

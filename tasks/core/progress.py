@@ -18,5 +18,6 @@ def watch_progress(listener: Listener) -> Iterator[None]:
 
 
 def report_progress(stage: str, done: int, total: int, note: str = "") -> None:
+    """Tell how far a stage is; "" is the one at work, whichever that is."""
     for listener in _listeners:
         listener(stage, done, total, note)
