@@ -85,7 +85,7 @@ class S3Store:
             found = self.client.get_object(**self._place(path))
             with contextlib.closing(found["Body"]) as body:
                 data: bytes = body.read()
-            _check_etag(found, data)
+            _check_etag(found, _md5(data))
             return data
 
         with self._telling(f"read {path}"):
@@ -99,8 +99,10 @@ class S3Store:
             self._put(path, data)
 
     def _put(self, path: str, data: bytes) -> None:
+        md5 = _md5(data)
+
         def put() -> None:
-            _check_etag(self.client.put_object(**self._place(path), Body=data, ContentMD5=_content_md5(data)), data)
+            _check_etag(self.client.put_object(**self._place(path), Body=data, ContentMD5=_content_md5(md5)), md5)
 
         retried(put)
 
@@ -108,7 +110,7 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         def put() -> None:
-            self.client.put_object(**self._place(path), Body=data, ContentMD5=_content_md5(data), IfNoneMatch="*")
+            self.client.put_object(**self._place(path), Body=data, ContentMD5=_content_md5(_md5(data)), IfNoneMatch="*")
 
         with self._telling(f"write {path}"):
             while True:
@@ -227,7 +229,7 @@ class S3Store:
             if not upload:
                 self._put(path, data)
             elif etag != md5:
-                etag = retried(lambda: self._send_part(path, upload, part.number, data))
+                etag = retried(lambda: self._send_part(path, upload, part.number, data, md5))
             return len(data), md5, etag
 
         md5s, etags = [], []
@@ -261,11 +263,11 @@ class S3Store:
         there = {part["PartNumber"]: _etag(part) for page in pages for part in page.get("Parts", [])}
         return upload, there
 
-    def _send_part(self, path: str, upload: str, number: int, data: bytes) -> str:
+    def _send_part(self, path: str, upload: str, number: int, data: bytes, md5: str) -> str:
         sent = self.client.upload_part(
-            **self._place(path), UploadId=upload, PartNumber=number, Body=data, ContentMD5=_content_md5(data)
+            **self._place(path), UploadId=upload, PartNumber=number, Body=data, ContentMD5=_content_md5(md5)
         )
-        _check_etag(sent, data)
+        _check_etag(sent, md5)
         return _etag(sent)
 
     def _complete(self, path: str, upload: str, md5s: list[str], etags: list[str], size: int) -> None:
@@ -472,18 +474,18 @@ def _has_digest(data: bytes, digest: str) -> bool:
     return (_md5(data) if len(digest) == 32 else hashlib.sha256(data).hexdigest()) == digest
 
 
-def _content_md5(data: bytes) -> str:
-    return base64.b64encode(bytes.fromhex(_md5(data))).decode()
+def _content_md5(md5: str) -> str:
+    return base64.b64encode(bytes.fromhex(md5)).decode()
 
 
 def _etag(found: dict[str, Any]) -> str:
     return str(found.get("ETag", "")).strip('"').lower()
 
 
-def _check_etag(found: dict[str, Any], data: bytes) -> None:
-    """Raise WrongBytes unless the ETag is the MD5 of `data`, where it is an MD5 (with other keys than S3's, or of
+def _check_etag(found: dict[str, Any], md5: str) -> None:
+    """Raise WrongBytes unless the ETag is `md5`, the data's, where it is an MD5 (with other keys than S3's, or of
     several parts, it is not)."""
     encrypted = str(found.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in found
     etag = _etag(found)
-    if re.fullmatch(r"[0-9a-f]{32}", etag) and not encrypted and etag != _md5(data):
-        raise WrongBytes(f"ETag {etag}, MD5 {_md5(data)}")
+    if re.fullmatch(r"[0-9a-f]{32}", etag) and not encrypted and etag != md5:
+        raise WrongBytes(f"ETag {etag}, MD5 {md5}")
