@@ -18,6 +18,7 @@ from tasks.core.cache import folder_bytes, is_held, remove_unheld, trim_cache
 from tasks.core.digest import content_digest
 from tasks.core.errors import ConfigError, ForgetlessError, StoreError
 from tasks.core.manifest import manifest_path, parse_manifest, read_manifest, run_ids
+from tasks.core.records import ArtifactRef
 from tasks.core.settings import Settings
 from tasks.core.store import MARKER, FileStore, Store, StoredFile
 
@@ -104,7 +105,7 @@ def verify_artifacts(store: Store, run: str | None, say: Say) -> dict[str, Any]:
         for file in store.list_files("artifacts"):
             listed.setdefault(_artifact_of(file), []).append(file)
     problems: list[dict[str, str]] = []
-    jobs: list[tuple[str, str, str]] = []
+    jobs: list[tuple[str, str, str, str]] = []
     artifacts = total = 0
 
     def note(artifact: str, name: str, problem: str) -> None:
@@ -118,29 +119,33 @@ def verify_artifacts(store: Store, run: str | None, say: Say) -> dict[str, Any]:
                 note(artifact, MARKER, "missing")
             continue
         artifacts += 1
-        expected = _read_marker(store.read_bytes(place + MARKER))
-        if expected is None:
+        marker = _read_marker(store.read_bytes(place + MARKER))
+        if marker is None:
             note(artifact, MARKER, "damaged")
             continue
-        for name in sizes.keys() - expected.keys() - {MARKER}:
-            note(artifact, name, "additional")
-        for name, facts in expected.items():
-            if name not in sizes:
+        inside = f"{store.files_path(marker[0])}/".removeprefix(place)
+        expected = {inside + name: facts for name, facts in marker[1].items()}
+        for path in sizes.keys() - expected.keys() - {MARKER}:
+            note(artifact, path.removeprefix(inside), "additional")
+        for path, facts in expected.items():
+            name = path.removeprefix(inside)
+            if path not in sizes:
                 note(artifact, name, "missing")
-            elif sizes[name] != facts["size"]:
+            elif sizes[path] != facts["size"]:
                 note(artifact, name, "damaged")
             else:
-                jobs.append((artifact, name, facts["sha256"]))
-                total += sizes[name]
+                jobs.append((artifact, name, place + path, facts["sha256"]))
+                total += sizes[path]
 
-    def digest_of(job: tuple[str, str, str]) -> str:
+    def digest_of(job: tuple[str, str, str, str]) -> str:
         digest = hashlib.sha256()
-        for piece in store.stream(f"artifacts/{job[0]}/{job[1]}"):
+        for piece in store.stream(job[2]):
             digest.update(piece)
         return digest.hexdigest()
 
     with ThreadPoolExecutor(READERS) as pool:
-        for done, ((artifact, name, sha256), found) in enumerate(zip(jobs, pool.map(digest_of, jobs), strict=True), 1):
+        for done, (job, found) in enumerate(zip(jobs, pool.map(digest_of, jobs), strict=True), 1):
+            artifact, name, _, sha256 = job
             if found != sha256:
                 note(artifact, name, "damaged")
             say(f"{done:,} of {len(jobs):,} files read ({artifact[:24]})")
@@ -274,15 +279,15 @@ def _artifact_of(file: StoredFile) -> str:
     return "/".join(file.path.split("/")[1:3])
 
 
-def _read_marker(data: bytes | None) -> dict[str, Any] | None:
-    """Return the files that a marker names, or None where it is damaged."""
+def _read_marker(data: bytes | None) -> tuple[ArtifactRef, dict[str, Any]] | None:
+    """Return the artifact of a marker and the files that it names, or None where it is damaged."""
     try:
         marker = json.loads(data or b"")
         files: dict[str, Any] = marker["files"]
         content = content_digest({name: facts["sha256"] for name, facts in files.items()})
         sizes = sum(facts["size"] for facts in files.values())
-        fits = (content, sizes) == (marker["artifact"]["content"], marker["artifact"]["size_bytes"])
-        return files if fits else None
+        artifact = ArtifactRef(**marker["artifact"], uri="")
+        return (artifact, files) if (artifact.content, artifact.size_bytes) == (content, sizes) else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

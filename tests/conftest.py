@@ -1,7 +1,9 @@
 """Shared fixtures: a store in a folder, one Prefect server for the session, a real tiny model, the real 135M one."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -13,7 +15,7 @@ quiet_libraries()
 
 import pytest  # noqa: E402
 
-from tasks.core.store import FileStore  # noqa: E402
+from tasks.core.store import FileStore, Store  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("FORGETLESS_DATA") or ROOT.parent / "shared" / "data")
@@ -22,6 +24,37 @@ DATA = Path(os.environ.get("FORGETLESS_DATA") or ROOT.parent / "shared" / "data"
 @pytest.fixture
 def store(tmp_path: Path) -> FileStore:
     return FileStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """moto's server, one request at a time: its conditional put is two steps, where S3's is one."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=MotoRequestHandler)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param == "folder":
+        return FileStore(tmp_path / "store")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", request.getfixturevalue("s3_endpoint"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"b{abs(hash(tmp_path)) % 10**9}"
+    from tasks.core.s3 import S3Store
+
+    store = S3Store(bucket, "team/runs", tmp_path / "cache")
+    store.client.create_bucket(Bucket=bucket)
+    return store
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,9 @@
 
 import json
 import multiprocessing
-from collections.abc import Iterator
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,27 +14,10 @@ from tasks.core.errors import ConfigError, ConflictError, ForgetlessError, Store
 from tasks.core.registry import Move, Version
 from tasks.core.settings import Settings
 from tasks.core.store import FileStore, Store, open_store
-from tests.core import test_store
 
 PROCESSES = 20
 ROUNDS = 3
 SPAWN = multiprocessing.get_context("spawn")
-any_store = test_store.any_store
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    """moto's server, one request at a time: its conditional put is two steps, where S3's is one."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-    from werkzeug.serving import make_server
-
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=MotoRequestHandler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
 
 
 def add(store: Store, run: str, name: str = "shop", verdict: str = "promote") -> Version:

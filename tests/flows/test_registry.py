@@ -15,11 +15,9 @@ from tasks.core import registry
 from tasks.core.manifest import RunManifest, write_manifest
 from tasks.core.records import OllamaRef
 from tasks.core.store import FileStore, Store
-from tests.core import test_registry, test_store
 from tests.dashboards import manifests as made
 from tests.export.recorded_ollama import RecordedOllama
 
-s3_endpoint, any_store = test_registry.s3_endpoint, test_store.any_store
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ("smol-min:latest", "mk-smollm2:latest", "smol-full:v1")  # models of different digests
 Command = Callable[..., Any]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,17 +44,6 @@ class Place:
     def gc(self, now: float, **options: Any) -> dict[str, str]:
         done = collect_garbage(self.store, self.settings, lambda _: None, now=now, **options)
         return {r["path"]: r["what"] for r in done["removed"]}
-
-
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -157,10 +145,10 @@ def test_each_damaged_missing_and_additional_file_is_named(place: Place, capsys:
             "runs": {},
         },
     )
-    content = b"".join(place.store.stream(f"{path_of(bad)}/model.bin"))
-    place.store.write_bytes(f"{path_of(bad)}/model.bin", b"X" + content[1:])  # of the same size
-    place.store.delete(f"{path_of(bad)}/sub/notes.txt")
-    place.store.write_bytes(f"{path_of(bad)}/more.txt", b"more")
+    content = b"".join(place.store.stream(f"{place.store.files_path(bad)}/model.bin"))
+    place.store.write_bytes(f"{place.store.files_path(bad)}/model.bin", b"X" + content[1:])  # of the same size
+    place.store.delete(f"{place.store.files_path(bad)}/sub/notes.txt")
+    place.store.write_bytes(f"{place.store.files_path(bad)}/more.txt", b"more")
     text = place.store.read_bytes(f"{path_of(marker)}/_artifact.json")
     assert text
     place.store.write_bytes(f"{path_of(marker)}/_artifact.json", text.replace(b'"content":"', b'"content":"0'))
@@ -185,7 +173,7 @@ def test_each_damaged_missing_and_additional_file_is_named(place: Place, capsys:
 
 def test_what_verify_says_to_do_mends_the_store(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     bad = put(place.store, "bad")
-    place.store.write_bytes(f"{path_of(bad)}/model.bin", b"other")
+    place.store.write_bytes(f"{place.store.files_path(bad)}/model.bin", b"other")
     assert main(["store", "verify"]) == 1
     assert main(["store", "rm", f"merged/{bad.key}"]) == 0
     assert not put(place.store, "bad").reused
@@ -194,7 +182,7 @@ def test_what_verify_says_to_do_mends_the_store(place: Place, capsys: pytest.Cap
 
 def test_a_large_file_is_hashed_in_pieces(place: Place) -> None:
     big = put(place.store, "0123456789abcdef", 1 << 19)  # 8 MiB
-    pieces = [len(piece) for piece in place.store.stream(f"{path_of(big)}/model.bin")]
+    pieces = [len(piece) for piece in place.store.stream(f"{place.store.files_path(big)}/model.bin")]
     assert sum(pieces) == 1 << 23
     assert max(pieces) <= 1 << 20
     assert not verify_artifacts(place.store, None, lambda _: None)["problems"]
