@@ -117,7 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     add("plan", _plan, "Say what a run would do, and find every configuration error.", recipe, output)
     add("runs", _runs, "List the runs in the store.", output)
     show = add("show", _show, "Show one run.", output)
-    show.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    text = "a run's name, or latest; with --lineage also the name of its model in Ollama, or a file's or model's sha256"
+    show.add_argument("run", metavar="RUN", help=text)
+    show.add_argument("--lineage", action="store_true", help="say what its model is made from, back to the rows")
+    text = "Make a run again from nothing, in a store of its own, and compare bytes and scores."
+    reproduce = add("reproduce", _reproduce, text, output)
+    reproduce.add_argument("run", metavar="RUN", help="a completed run's name, or latest")
+    text = "where the second run's store is kept (default: a temporary folder)"
+    reproduce.add_argument("--into", metavar="URL", help=text)
     compare = add("compare", _compare, "Say what differs between finished runs, item by item.", output)
     compare.add_argument("first", metavar="RUN", help="the run that the others are compared with, or latest")
     compare.add_argument("others", metavar="RUN", nargs="+", help="runs scored on the same items")
@@ -421,12 +428,61 @@ def _show(arguments: argparse.Namespace) -> int:
     from tasks.core.store import open_store
 
     store = open_store(read_settings(arguments.store))
+    if arguments.lineage:
+        return _show_lineage(arguments, store)
     manifest = read_manifest(store, arguments.run)
     if arguments.json:
         print(manifest.model_dump_json())
     else:
         show_summary(manifest, store)
     return 0
+
+
+def _show_lineage(arguments: argparse.Namespace, store: Any) -> int:
+    from flows.lineage import find_run, origin_lines, trace
+
+    found = trace(store, find_run(store, arguments.run))
+    if arguments.json:
+        _print_json(found)
+    else:
+        for depth, name, fact in origin_lines(found):
+            print(f"{'  ' * depth}{name:<{16 - 2 * depth}} {fact}")
+    return 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    import tempfile
+    from pathlib import Path
+
+    from flows.lineage import check_reproducible, compare_runs
+    from flows.screen import RunScreen, show_reproduction
+    from tasks.core.manifest import new_run_id, read_manifest, run_ids
+    from tasks.core.settings import read_settings
+    from tasks.core.store import check_writable, open_store
+
+    manifest = read_manifest(open_store(read_settings(arguments.store)), arguments.run)
+    check_reproducible(manifest)
+    with tempfile.TemporaryDirectory(prefix="forgetless-") as scratch:
+        settings = read_settings(arguments.into or f"{scratch}/store")
+        store = open_store(settings)
+        check_writable(store)
+        if run_ids(store):
+            raise ForgetlessError(f"{store.url} holds runs already: name an empty place with --into.")
+        recipe = Path(scratch) / f"{manifest.recipe.name}.yaml"
+        recipe.write_text(manifest.recipe.model_dump_json(), encoding="utf-8")  # JSON is YAML
+        run_id = new_run_id(manifest.recipe.name)
+        with RunScreen(run_id, enabled=not arguments.json):
+            from flows.finetune import finetune
+
+            again = finetune(
+                recipe=str(recipe), overrides=["export.ollama=false"], store=settings.store_url, run_id=run_id
+            )
+    found = compare_runs(manifest, again)
+    if arguments.json:
+        _print_json(found)
+    else:
+        show_reproduction(found)
+    return 0 if found["same"] else 1
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -6,12 +6,13 @@ redoes nothing that finished; the manifest is rewritten after each stage, so a r
 """
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from prefect import flow, runtime
 from prefect.transactions import transaction
@@ -23,6 +24,7 @@ from flows.score_model import score_model
 from flows.train_adapter import train_adapter
 from tasks.core.config import CombineConfig, Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
+from tasks.core.hardware import describe_machine
 from tasks.core.licences import check_use
 from tasks.core.manifest import (
     RunManifest,
@@ -268,8 +270,23 @@ class Run:
 def _environment() -> dict[str, str]:
     import platform
 
-    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    versions = {"python": platform.python_version(), **describe_machine()}
+    if commit := _commit():
+        versions["commit"] = commit
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def _commit() -> str | None:
+    """Return the commit of this project's checkout, with + where files differ from it; None for an installed one."""
+    git = ["git", "-C", str(Path(__file__).parent), "--no-optional-locks"]
+    try:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        ours = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], **options)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + "+" * bool(changed) if ours.stdout else None

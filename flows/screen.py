@@ -124,6 +124,32 @@ class RunScreen:
         return Group(table)
 
 
+def show_reproduction(found: dict[str, Any]) -> None:
+    """Print of a run that was made again which artifacts have the same bytes, and how near the scores are."""
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("Artifact", "First", "Again", "Bytes"):
+        table.add_column(heading, no_wrap=True)
+    for name, link in found["artifacts"].items():
+        digests = [(link[which] or "not made")[:16] for which in ("first", "again")]
+        table.add_row(name, *digests, Text("the same", "green") if link["same"] else Text("others", "yellow"))
+    console.print()
+    console.print(table)
+    if found["same"]:
+        console.print(f"Run {found['again']} made the very bytes of {found['first']}.")
+        return
+    for score in found["scores"]:
+        again = "not scored" if score["again"] is None else f"{score['again']:+.2f}"
+        where = "inside" if score["inside"] else "outside"
+        console.print(f"{score['capability']}: {score['first']:+.2f}, again {again}, {where} the first's interval")
+    verdicts = " and ".join(str(verdict) for verdict in found["verdicts"])
+    console.print(f"Verdicts: {verdicts}.")
+    for name, (one, other) in found["environment"].items():
+        console.print(f"{name}: {one}, now {other}")
+    if found["environment"]:
+        console.print("The same bytes are promised for the same libraries, CPU model and number of threads alone.")
+
+
 def show_summary(manifest: RunManifest, store: Store) -> None:
     """Print what a run gained and forgot, where everything is, and what to do next."""
     console = _console()

@@ -1,5 +1,6 @@
 """What this machine computes on and in which precision, found without importing torch where that is possible."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -31,6 +32,23 @@ def auto_dtype() -> str:
 
 def resolve_dtype(wanted: str) -> str:
     return auto_dtype() if wanted == "auto" else wanted
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what a result's last bits depend on: the CPU's model, its cores, and the GPUs where there are any."""
+    import os
+    import platform
+
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # not Linux
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model = next((line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line), model)
+    found = {"machine": platform.machine(), "cpu": model, "cores": str(os.cpu_count())}
+    if device_class() == "cuda":
+        import torch
+
+        found["gpu"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return found
 
 
 def memory_bytes() -> int | None:

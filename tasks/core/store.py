@@ -121,6 +121,16 @@ def find_artifact(store: Store, stage: Stage, record_type: type[RecordType]) -> 
         ) from None
 
 
+def read_marker(store: Store, artifact: ArtifactRef) -> dict[str, Any] | None:
+    """Return what the store holds of an artifact: its files with sha256 and size, its record, and what it was made
+    from (content digests and settings). None where it is not there any more."""
+    data = store.read_bytes(f"artifacts/{artifact.kind}/{artifact.key}/{MARKER}")
+    if data is None:
+        return None
+    marker: dict[str, Any] = json.loads(data)
+    return marker
+
+
 def stored(
     store: Store, stage: Stage, record_type: type[RecordType], make: Callable[[Path], dict[str, Any]]
 ) -> RecordType:
@@ -164,6 +174,7 @@ def put_artifact(
     marker = {
         "artifact": artifact.model_dump(exclude={"uri", "reused"}),
         "files": files,
+        "made_from": {"version": stage.version, "inputs": stage.inputs, "settings": stage.section},
         "record": record.model_dump(mode="json", exclude={"artifact"}),
     }
     if store.upload(folder, artifact, canonical_json(marker)):

@@ -14,7 +14,11 @@ import pytest
 import yaml
 
 from flows.cli import main
+from flows.lineage import check_reproducible, compare_runs
+from flows.screen import show_reproduction
 from tasks.core import registry
+from tasks.core.config import CombineConfig
+from tasks.core.digest import file_sha256
 from tasks.core.errors import ConfigError, ExportError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
 from tasks.core.store import FileStore
@@ -587,3 +591,77 @@ def test_sigterm_ends_a_run_with_a_sentence_and_a_checkpoint(recipe: Path, tmp_p
     assert {path.name for path in store.root.glob("work/*")} <= {training.name, "probe"}
     assert not [*store.list_files("leases")]
     assert read_manifest(store, "latest").status == "failed"
+
+
+# --- where a model comes from, and once more --------------------------------------------------------------------------
+
+
+def test_a_files_digest_leads_back_to_rows_base_and_seeds(finished: FileStore, capsys: pytest.CaptureFixture) -> None:
+    manifest = read_manifest(finished, "latest")
+    digest = manifest.gguf.sha256["q8_0"]
+    assert main(["show", f"sha256:{digest}", "--lineage", "--json", "--store", str(finished.root)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == manifest.run_id
+    rows = Path(manifest.recipe.data.sources[0].path)
+    assert [(s["path"], s["sha256"]) for s in found["sources"]] == [(str(rows), file_sha256(rows))]
+    links = found["artifacts"]
+    kept = finished.local_folder(manifest.dataset.artifact)
+    assert links["dataset"]["files"]["train.jsonl"] == file_sha256(kept / "train.jsonl")
+    assert links["gguf"]["files"][manifest.gguf.files["q8_0"]] == digest
+    assert links["base"]["content"] in links["adapter"]["made_from"]["inputs"]
+    assert links["adapter"]["content"] in links["merged"]["made_from"]["inputs"]
+    assert links["merged"]["content"] in links["gguf"]["made_from"]["inputs"]
+    assert found["seeds"] == {"train.seed": 42, "eval.seed": 0}
+    assert found["environment"].keys() >= {"torch", "transformers", "cpu", "cores", "python"}
+    for name in (manifest.ollama.name, digest[:12]):
+        assert main(["show", name, "--lineage", "--store", str(finished.root)]) == 0
+        shown = capsys.readouterr().out
+        assert digest in shown
+        assert links["dataset"]["files"]["train.jsonl"] in shown
+    assert main(["show", "0" * 64, "--lineage", "--store", str(finished.root)]) == 1
+    assert "No run in" in capsys.readouterr().err
+
+
+def test_a_run_made_again_has_the_same_bytes(
+    finished: FileStore, tmp_path: Path, capsys: pytest.CaptureFixture, prefect_server: None
+) -> None:
+    before = run_ids(finished)
+    again = tmp_path / "again"
+    assert main(["reproduce", "latest", "--store", str(finished.root), "--into", str(again), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["same"]
+    assert found["artifacts"].keys() >= {"dataset", "base", "tokens", "before", "adapter", "after", "merged", "gguf"}
+    assert run_ids(finished) == before
+    assert run_ids(FileStore(again)) == [found["again"]]
+    assert main(["reproduce", "latest", "--store", str(finished.root), "--into", str(again)]) == 1
+    assert "holds runs already" in capsys.readouterr().err
+
+
+def test_a_run_that_came_out_otherwise_is_said(finished: FileStore, capsys: pytest.CaptureFixture) -> None:
+    first = read_manifest(finished, "latest")
+    again = first.model_copy(deep=True, update={"environment": {**first.environment, "torch": "9.9"}})
+    again.adapter = again.adapter.model_copy(
+        update={"artifact": again.adapter.artifact.model_copy(update={"content": "0" * 64})}
+    )
+    again.report.capabilities[0] = again.report.capabilities[0].model_copy(update={"delta": -99.0})
+    found = compare_runs(first, again)
+    assert not found["same"]
+    assert [name for name, link in found["artifacts"].items() if not link["same"]] == ["adapter"]
+    assert [score["inside"] for score in found["scores"]] == [False, True, True]
+    assert found["environment"] == {"torch": [first.environment["torch"], "9.9"]}
+    show_reproduction(found)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "again -99.00, outside" in shown
+    assert "torch: " in shown
+
+
+def test_what_cannot_be_made_again_is_said(finished: FileStore) -> None:
+    manifest = read_manifest(finished, "latest")
+    with pytest.raises(ForgetlessError, match="only a completed run"):
+        check_reproducible(manifest.model_copy(update={"status": "failed"}))
+    train = manifest.recipe.train.model_copy(update={"start_from": "shop-1"})
+    recipe = manifest.recipe.model_copy(update={"train": train})
+    with pytest.raises(ForgetlessError, match="went on from shop-1"):
+        check_reproducible(manifest.model_copy(update={"recipe": recipe}))
+    with pytest.raises(ForgetlessError, match="combines the adapters"):
+        check_reproducible(manifest.model_copy(update={"combine": CombineConfig(runs=["a", "b"])}))
