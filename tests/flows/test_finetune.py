@@ -597,7 +597,7 @@ def test_sigterm_ends_a_run_with_a_sentence_and_a_checkpoint(recipe: Path, tmp_p
 
 
 def test_a_files_digest_leads_back_to_rows_base_and_seeds(finished: FileStore, capsys: pytest.CaptureFixture) -> None:
-    manifest = read_manifest(finished, "latest")
+    manifest = read_manifest(finished, run_ids(finished)[0])
     digest = manifest.gguf.sha256["q8_0"]
     assert main(["show", f"sha256:{digest}", "--lineage", "--json", "--store", str(finished.root)]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -626,19 +626,19 @@ def test_a_run_made_again_has_the_same_bytes(
     finished: FileStore, tmp_path: Path, capsys: pytest.CaptureFixture, prefect_server: None
 ) -> None:
     before = run_ids(finished)
-    again = tmp_path / "again"
-    assert main(["reproduce", "latest", "--store", str(finished.root), "--into", str(again), "--json"]) == 0
+    first, again = before[0], tmp_path / "again"
+    assert main(["reproduce", first, "--store", str(finished.root), "--into", str(again), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["same"]
     assert found["artifacts"].keys() >= {"dataset", "base", "tokens", "before", "adapter", "after", "merged", "gguf"}
     assert run_ids(finished) == before
     assert run_ids(FileStore(again)) == [found["again"]]
-    assert main(["reproduce", "latest", "--store", str(finished.root), "--into", str(again)]) == 1
+    assert main(["reproduce", first, "--store", str(finished.root), "--into", str(again)]) == 1
     assert "holds runs already" in capsys.readouterr().err
 
 
 def test_a_run_that_came_out_otherwise_is_said(finished: FileStore, capsys: pytest.CaptureFixture) -> None:
-    first = read_manifest(finished, "latest")
+    first = read_manifest(finished, run_ids(finished)[0])
     again = first.model_copy(deep=True, update={"environment": {**first.environment, "torch": "9.9"}})
     again.adapter = again.adapter.model_copy(
         update={"artifact": again.adapter.artifact.model_copy(update={"content": "0" * 64})}
@@ -656,7 +656,7 @@ def test_a_run_that_came_out_otherwise_is_said(finished: FileStore, capsys: pyte
 
 
 def test_what_cannot_be_made_again_is_said(finished: FileStore) -> None:
-    manifest = read_manifest(finished, "latest")
+    manifest = read_manifest(finished, run_ids(finished)[0])
     with pytest.raises(ForgetlessError, match="only a completed run"):
         check_reproducible(manifest.model_copy(update={"status": "failed"}))
     train = manifest.recipe.train.model_copy(update={"start_from": "shop-1"})
