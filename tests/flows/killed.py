@@ -31,9 +31,9 @@ def run_stages(config: Recipe, url: str, note: Callable[[str], None]) -> dict[st
 
     found: dict[str, Any] = {}
 
-    def stage(name: str, task: Any, *arguments: Any) -> Any:
+    def stage(name: str, task: Any, *arguments: Any, **more: str) -> Any:
         note(name)
-        found[name] = task.fn(*arguments, store_url=url)
+        found[name] = task.fn(*arguments, store_url=url, **more)
         return found[name]
 
     items = stage("items", evaluation.list_evaluation_items, config.eval)
@@ -42,9 +42,9 @@ def run_stages(config: Recipe, url: str, note: Callable[[str], None]) -> dict[st
     base = stage("base", models.prepare_base, config.model)
     length = config.train.max_tokens
     tokens = stage("tokens", data.tokenise_dataset, config.model, base, config.data, dataset, None, length)
-    before = stage("before", evaluation.score_model, config.model, config.eval, base, None, "before")
+    before = stage("before", evaluation.score_model, config.model, config.eval, base, None, moment="before")
     adapter = stage("train", training.train_adapter, config.model, config.train, base, tokens, None)
-    after = stage("after", evaluation.score_model, config.model, config.eval, base, adapter, "after")
+    after = stage("after", evaluation.score_model, config.model, config.eval, base, adapter, moment="after")
     stage("compare", evaluation.compare_scores, config.eval, before, after)
     merged = stage("merge", export.merge_adapter, config.model, base, adapter)
     gguf = stage("gguf", export.convert_to_gguf, config.model, config.export, base, adapter, merged, tokens)
