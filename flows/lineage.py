@@ -49,7 +49,7 @@ def trace(store: Store, manifest: RunManifest) -> dict[str, Any]:
     for name in LINKS:
         record = getattr(manifest, name)
         if isinstance(record, ArtifactRecord):
-            marker = read_marker(store, record.artifact) or {}
+            marker = read_marker(store, record.artifact.kind, record.artifact.key) or {}
             links[name] = {
                 "uri": record.artifact.uri,
                 "content": record.artifact.content,

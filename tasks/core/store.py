@@ -107,28 +107,31 @@ def open_store(settings: Settings) -> Store:
 
 def find_artifact(store: Store, stage: Stage, record_type: type[RecordType]) -> RecordType | None:
     """Return the record of a finished artifact, marked as reused, or None."""
-    path = f"artifacts/{stage.kind}/{stage.key}"
-    data = store.read_bytes(f"{path}/{MARKER}")
-    if data is None:
+    marker = read_marker(store, stage.kind, stage.key)
+    if marker is None:
         return None
+    path = f"artifacts/{stage.kind}/{stage.key}"
     try:
-        marker = json.loads(data)
         artifact = ArtifactRef(**{**marker["artifact"], "uri": f"{store.url}/{path}"}, reused=True)
         return record_type(artifact=artifact, **marker["record"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{store.url}/{path}/{MARKER} cannot be read ({error}). Delete that folder to make it anew."
-        ) from None
+        raise _unreadable(store, path, error) from None
 
 
-def read_marker(store: Store, artifact: ArtifactRef) -> dict[str, Any] | None:
-    """Return what the store holds of an artifact: its files with sha256 and size, its record, and what it was made
-    from (content digests and settings). None where it is not there any more."""
-    data = store.read_bytes(f"artifacts/{artifact.kind}/{artifact.key}/{MARKER}")
-    if data is None:
-        return None
-    marker: dict[str, Any] = json.loads(data)
-    return marker
+def read_marker(store: Store, kind: str, key: str) -> dict[str, Any] | None:
+    """Return what the store says of an artifact: its files with sha256 and size, its record, and what it was made from
+    (content digests and settings). None where there is no such artifact."""
+    path = f"artifacts/{kind}/{key}"
+    data = store.read_bytes(f"{path}/{MARKER}")
+    try:
+        marker: dict[str, Any] | None = None if data is None else json.loads(data)
+        return marker
+    except ValueError as error:
+        raise _unreadable(store, path, error) from None
+
+
+def _unreadable(store: Store, path: str, error: Exception) -> StoreError:
+    return StoreError(f"{store.url}/{path}/{MARKER} cannot be read ({error}). Delete that folder to make it anew.")
 
 
 def stored(
