@@ -2,7 +2,8 @@
 
 A point is `{"writes": N}`, SIGKILL just before the process's Nth write into the store, or `{"seconds": S}`, which falls
 anywhere, inside writes of libraries too. Prints as JSON the stage it died in; with `{}` it runs to the end, and prints
-what it made, the digests, the number of writes and the seconds since the libraries were loaded.
+what it made, the digests, the number of writes (in all and before each stage) and the seconds since the libraries were
+loaded.
 """
 
 import json
@@ -74,6 +75,7 @@ def main() -> None:
     recipe, root, point = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     config = load_recipe(recipe, [], None)
     stage, writes, started = "", 0, time.monotonic()
+    began: dict[str, int] = {}
 
     def die() -> None:
         print(json.dumps({"stage": stage}), flush=True)
@@ -82,6 +84,7 @@ def main() -> None:
     def note(name: str) -> None:
         nonlocal stage
         stage = name
+        began[name] = writes
 
     def count(seen: int) -> None:
         nonlocal writes
@@ -96,6 +99,7 @@ def main() -> None:
     result = {
         "seconds": time.monotonic() - started,
         "writes": writes,
+        "began": began,
         "made": {n: f"{r.artifact.kind}/{r.artifact.key}" for n, r in records.items() if not r.artifact.reused},
         "digests": {
             name: record.digest if isinstance(record, TokensRef) else record.artifact.content

@@ -56,6 +56,7 @@ def test_stages_killed_anywhere_end_with_the_same_bytes(
     assert code == 0
     writes, seconds = whole["writes"], whole["seconds"]
     points: list[dict[str, float]] = [{"writes": 1 + i * writes // BY_WRITES} for i in range(BY_WRITES)]
+    points += [{"writes": before + 2} for before in whole["began"].values()]  # early in each stage
     points += [{"seconds": seconds * (i + 0.5) / BY_TIME} for i in range(BY_TIME)]
     stages = []
     for number, point in enumerate(points):
