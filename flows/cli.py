@@ -322,6 +322,13 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1))
 
 
+def _open_store(arguments: argparse.Namespace) -> Any:
+    from tasks.core.settings import read_settings
+    from tasks.core.store import open_store
+
+    return open_store(read_settings(arguments.store))
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from flows.plan import plan_run
     from flows.screen import RunScreen
@@ -389,11 +396,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     from flows.plan import plan_run
     from flows.screen import show_plan
     from tasks.core.config import load_recipe
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.data)
-    plan = plan_run(recipe, open_store(read_settings(arguments.store)), offline_ok=True)
+    plan = plan_run(recipe, _open_store(arguments), offline_ok=True)
     if arguments.json:
         _print_json(plan)
     else:
@@ -404,10 +409,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from flows.screen import show_runs
     from tasks.core.manifest import read_manifest, run_ids
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     manifests = []
     for run_id in run_ids(store):
         try:
@@ -424,10 +427,8 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from flows.screen import show_summary
     from tasks.core.manifest import read_manifest
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     if arguments.lineage:
         return _show_lineage(arguments, store)
     manifest = read_manifest(store, arguments.run)
@@ -460,7 +461,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from tasks.core.settings import read_settings
     from tasks.core.store import check_writable, open_store
 
-    manifest = read_manifest(open_store(read_settings(arguments.store)), arguments.run)
+    manifest = read_manifest(_open_store(arguments), arguments.run)
     check_reproducible(manifest)
     with tempfile.TemporaryDirectory(prefix="forgetless-") as scratch:
         settings = read_settings(arguments.into or f"{scratch}/store")
@@ -488,11 +489,9 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from flows.screen import show_comparison
     from tasks.core.manifest import read_manifest
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
     from tasks.evaluation.forgetting import compare_runs
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     first = read_manifest(store, arguments.first)
     found = [compare_runs(store, first, read_manifest(store, other)) for other in arguments.others]
     if arguments.json:
@@ -540,11 +539,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _explain(arguments: argparse.Namespace) -> int:
     from flows.screen import show_explanation
     from tasks.core.manifest import read_manifest
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
     from tasks.evaluation.explain import explain_run
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     found = explain_run(store, read_manifest(store, arguments.run))
     if arguments.json:
         print(found.model_dump_json())
@@ -585,10 +582,8 @@ def _curve(arguments: argparse.Namespace) -> int:
 def _exported(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     from flows.registry import require_exported
     from tasks.core.manifest import read_manifest
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     manifest = read_manifest(store, arguments.run)
     require_exported(manifest)
     return store, manifest, manifest.gguf
@@ -597,8 +592,6 @@ def _exported(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _chat(arguments: argparse.Namespace) -> int:
     from flows.chat import Screen, ask_once, chat, open_speakers
     from tasks.core.errors import ConfigError
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
     from tasks.export.chat import Sampling
 
     text = arguments.prompt
@@ -607,7 +600,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     if text is not None and not text.strip():
         raise ConfigError("--prompt is empty: give it a question, or leave it out to chat.")
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed, arguments.max_tokens)
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     speakers = open_speakers(store, arguments.model, arguments.kind, arguments.file, arguments.base, arguments.system)
     if arguments.json:
         _print_json(ask_once(speakers, text, sampling))
@@ -669,19 +662,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _promote(arguments: argparse.Namespace) -> int:
     from flows.registry import promote_run
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     return _show_move(arguments, promote_run(store, arguments.run, arguments.alias, arguments.force))
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
     from flows.registry import roll_back
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
-    return _show_move(arguments, roll_back(open_store(read_settings(arguments.store)), arguments.name, arguments.alias))
+    return _show_move(arguments, roll_back(_open_store(arguments), arguments.name, arguments.alias))
 
 
 def _show_move(arguments: argparse.Namespace, done: dict[str, Any]) -> int:
@@ -699,10 +688,8 @@ def _show_move(arguments: argparse.Namespace, done: dict[str, Any]) -> int:
 def _registry(arguments: argparse.Namespace) -> int:
     from flows import registry
     from flows.screen import show_model, show_models
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     found: Any = registry.describe_model(store, arguments.name) if arguments.name else registry.list_models(store)
     if arguments.json:
         _print_json(found)
@@ -719,12 +706,10 @@ def _push(arguments: argparse.Namespace) -> int:
     from flows.publish import push_run
     from tasks.core.errors import ConfigError
     from tasks.core.manifest import read_manifest
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
 
     if not arguments.repo:
         raise ConfigError("--to hub needs --repo NAMESPACE/NAME: the repository that the model goes to.")
-    store = open_store(read_settings(arguments.store))
+    store = _open_store(arguments)
     run = read_manifest(store, arguments.run)
     dry_run = Path(arguments.dry_run) if arguments.dry_run else None
     done = push_run(store, run, arguments.repo, arguments.kind, arguments.private, dry_run)
@@ -768,21 +753,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(f.state == "missing" and f.required for f in findings) else 0
 
 
-def _open_store(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    from tasks.core.settings import read_settings
-    from tasks.core.store import open_store
-
-    settings = read_settings(arguments.store)
-    return open_store(settings), settings
-
-
 def _store_ls(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from flows.screen import show_artifacts
     from flows.store import list_artifacts
 
-    found = list_artifacts(_open_store(arguments)[0], arguments.name)
+    found = list_artifacts(_open_store(arguments), arguments.name)
     if arguments.json:
         _print_json([asdict(artifact) for artifact in found])
     else:
@@ -793,8 +770,9 @@ def _store_ls(arguments: argparse.Namespace) -> int:
 def _store_du(arguments: argparse.Namespace) -> int:
     from flows.screen import show_usage
     from flows.store import measure_store
+    from tasks.core.settings import read_settings
 
-    usage = measure_store(*_open_store(arguments))
+    usage = measure_store(_open_store(arguments), read_settings(arguments.store))
     if arguments.json:
         _print_json(usage)
     else:
@@ -806,7 +784,7 @@ def _store_verify(arguments: argparse.Namespace) -> int:
     from flows.screen import show_problems, show_progress
     from flows.store import verify_artifacts
 
-    store, _ = _open_store(arguments)
+    store = _open_store(arguments)
     with show_progress() as say:
         found = verify_artifacts(store, arguments.run, say)
     if arguments.json:
@@ -819,8 +797,9 @@ def _store_verify(arguments: argparse.Namespace) -> int:
 def _store_gc(arguments: argparse.Namespace) -> int:
     from flows.screen import show_progress, show_removed
     from flows.store import collect_garbage
+    from tasks.core.settings import read_settings
 
-    store, settings = _open_store(arguments)
+    store, settings = _open_store(arguments), read_settings(arguments.store)
     with show_progress() as say:
         done = collect_garbage(store, settings, say, arguments.dry_run, arguments.cache)
     if arguments.json:
@@ -833,7 +812,7 @@ def _store_gc(arguments: argparse.Namespace) -> int:
 def _store_rm(arguments: argparse.Namespace) -> int:
     from flows.store import remove_from_store
 
-    path = remove_from_store(_open_store(arguments)[0], arguments.name)
+    path = remove_from_store(_open_store(arguments), arguments.name)
     if arguments.json:
         _print_json({"removed": path})
     else:

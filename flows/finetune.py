@@ -284,9 +284,8 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent), "--no-optional-locks"]
     try:
         options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
-        ours = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], **options)
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], **options)  # ours, not one around it
+        named = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return str(subprocess.run(named, **options).stdout).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + "+" * bool(changed) if ours.stdout else None

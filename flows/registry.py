@@ -28,15 +28,13 @@ def version_of(store: Store, run: RunManifest) -> Version:
     if run.status != "completed":
         raise ForgetlessError(f"Run {run.run_id} is {run.status}, so it is no version. Run its recipe again.")
     assert run.gguf and run.judged
-    ollama = run.ollama if run.ollama and run.ollama.registered else None
     return registry.add_version(
         store,
         run.recipe.registry_name,
         run.run_id,
         run.judged.verdict,
         run.gguf.sha256[run.recipe.export.serve],
-        ollama.name if ollama else None,
-        ollama.digest if ollama else None,
+        run.ollama,
     )
 
 

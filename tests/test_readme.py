@@ -77,4 +77,5 @@ def test_make_targets_shown_exist() -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_the_export_settings_shown_are_valid(name: str) -> None:
     (shown,) = (b for b in blocks(name, "yaml") if b.startswith("export:"))
-    ExportConfig.model_validate(yaml.safe_load(shown)["export"])
+    settings = yaml.safe_load(shown)["export"]
+    assert ExportConfig.model_validate(settings).model_fields_set == settings.keys()

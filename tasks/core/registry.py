@@ -22,7 +22,7 @@ from urllib.parse import quote, unquote
 from tasks.core.digest import canonical_json
 from tasks.core.errors import ConfigError, ConflictError, ForgetlessError, StoreError
 from tasks.core.ollama import is_alias, name_problem
-from tasks.core.records import Record
+from tasks.core.records import OllamaRef, Record
 from tasks.core.store import Store
 
 READERS = 16  # files read at once: a bucket answers each in tens of milliseconds
@@ -64,10 +64,9 @@ class Move(Record):
     """Makes it one's own: the same bytes in the store count as written by whoever writes them again."""
 
 
-def add_version(
-    store: Store, name: str, run: str, verdict: str, gguf_sha256: str, ollama: str | None, ollama_digest: str | None
-) -> Version:
+def add_version(store: Store, name: str, run: str, verdict: str, gguf_sha256: str, ollama: OllamaRef | None) -> Version:
     """Return a run's version, which is added unless it is there. Raises ConfigError, StoreError."""
+    registered = ollama if ollama and ollama.registered else None
     folder = f"{_folder(name)}/versions"
     while True:
         versions = read_versions(store, name)
@@ -80,8 +79,8 @@ def add_version(
             verdict=verdict,
             gguf_sha256=gguf_sha256,
             when=_now(store),
-            ollama=ollama,
-            ollama_digest=ollama_digest,
+            ollama=registered.name if registered else None,
+            ollama_digest=registered.digest if registered else None,
         )
         if store.create_bytes(f"{folder}/{version.number}.json", _bytes(version)):
             return version

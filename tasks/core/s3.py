@@ -26,7 +26,7 @@ from tasks.core.errors import StoreError, describe_os_error
 from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRef
 from tasks.core.retry import WrongBytes, error_code, is_unknown_host, retried
-from tasks.core.store import MARKER, PIECE_BYTES, StoredFile
+from tasks.core.store import MARKER, PIECE_BYTES, StoredFile, read_marker
 
 MIB = 1 << 20
 PART = 8 * MIB  # S3 takes 5 MiB to 5 GiB, and 10,000 of them
@@ -202,11 +202,10 @@ class S3Store:
                 md5s = self._upload_file(folder / name, f"{place}/{name}", file, progress)
                 if len(md5s) > 1:
                     file["md5"] = md5s
-        marker = canonical_json(facts)
-        first = self.create_bytes(f"{path}/{MARKER}", marker)
-        counts = json.loads(marker if first else self.read_bytes(f"{path}/{MARKER}") or marker)["artifact"]["content"]
+        first = self.create_bytes(f"{path}/{MARKER}", canonical_json(facts))
+        counts = facts if first else read_marker(self, ref.kind, ref.key) or facts
         for content in self.list_folders(path):
-            if content != counts:  # of a writer that was killed, or came second
+            if content != counts["artifact"]["content"]:  # of a writer that was killed, or came second
                 self.delete(f"{path}/{content}")
         return first
 
@@ -293,13 +292,12 @@ class S3Store:
         target = self.cache / "artifacts" / ref.kind / ref.content
         if hold(target):
             return target
-        path = f"artifacts/{ref.kind}/{ref.key}"
-        marker = self.read_bytes(f"{path}/{MARKER}")
-        if marker is None or json.loads(marker)["artifact"]["content"] != ref.content:
+        marker = read_marker(self, ref.kind, ref.key)
+        if marker is None or marker["artifact"]["content"] != ref.content:
             raise StoreError(f"{ref.uri} is not in the store any more. Run again to make it anew.")
         if self.cache_limit is not None:
             trim_cache(self.cache, self.cache_limit - ref.size_bytes)
-        files = json.loads(marker)["files"]
+        files = marker["files"]
         folder = self.kept_folder(f"download-{ref.content}")
         progress = _Progress("fetching from the store", files)
         try:

@@ -217,33 +217,28 @@ class FileStore:
             raise StoreError(describe_os_error(error, f"read {path} from {self.url}")) from error
 
     def write_bytes(self, path: str, data: bytes) -> None:
+        self._put(path, data, os.replace)
+
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        return self._put(path, data, os.link) or self.read_bytes(path) == data
+
+    def _put(self, path: str, data: bytes, place: Callable[[str, Path], None]) -> bool:
+        """Write a file beside its place and let `place` bring it there; return False where that finds one there."""
         target = self._path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
-        except OSError as error:
-            for litter in target.parent.glob(f".{target.name}.*"):
-                litter.unlink(missing_ok=True)
-            raise StoreError(describe_os_error(error, f"write {path} to {self.url}")) from error
-
-    def create_bytes(self, path: str, data: bytes) -> bool:
-        target = self._path(path)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.link(file.name, target)
-            return True
-        except FileExistsError:
-            return self.read_bytes(path) == data
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.chmod(file.name, 0o644)
+                    place(file.name, target)
+                    return True
+                except FileExistsError:
+                    return False
+                finally:
+                    Path(file.name).unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(describe_os_error(error, f"write {path} to {self.url}")) from error
 

@@ -28,9 +28,8 @@ def generate(
 ) -> list[list[int]]:
     """Return the tokens that greedy decoding puts after each prompt, at most `most`, up to and with the one that
     `is_done` stops at. `penalty` is Keskar et al.'s for tokens that are in the text already (1 is none)."""
-    shared = min(
-        common_start(prompts[0], prompts[-1]), *(len(p) - 1 for p in prompts)
-    )  # sorted: all others lie between
+    # sorted: all others lie between
+    shared = min(common_start(prompts[0], prompts[-1]), *(len(p) - 1 for p in prompts))
     past = _read(decoder, prompts[0][:shared])
     plan = _Steps(past, [len(p) - shared for p in prompts], most)
     hidden = plan.fill(decoder, [p[shared:] for p in prompts], shared)

@@ -289,13 +289,7 @@ def register_version(
     name: str, run_id: str, verdict: str, gguf_sha256: str, ollama: OllamaRef | None, store_url: str
 ) -> Version:
     """Return the run's version of a model in the registry. In a transaction that fails later it is withdrawn."""
-    registered = ollama if ollama and ollama.registered else None
-    version = registry.add_version(
-        open_store(read_settings(store_url)),
-        *(name, run_id, verdict, gguf_sha256),
-        registered.name if registered else None,
-        registered.digest if registered else None,
-    )
+    version = registry.add_version(open_store(read_settings(store_url)), name, run_id, verdict, gguf_sha256, ollama)
     if transaction := get_transaction():
         transaction.set("version", (store_url, name, version))
     return version

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tasks.core.hardware import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("FORGETLESS_DATA") or ROOT.parent / "shared" / "data")
@@ -212,14 +213,6 @@ def judge_quarantine(path: Path, near: list[int], count: int) -> dict[str, float
     }
 
 
-def cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +260,11 @@ def measure(count: int, peer_python: Path | None, data: Path, work: Path) -> dic
         "ours": ours,
         "quarter": quarter,
         "llamafactory": peer,
-        "machine": {"cores": CORES, "cpu": cpu_model(), "memory": "sum of PSS over a process and all its children"},
+        "machine": {
+            "cores": CORES,
+            "cpu": describe_machine()["cpu"],
+            "memory": "sum of PSS over a process and all its children",
+        },
     }
     return found | {"thresholds": {"at_least": AT_LEAST, "at_most": AT_MOST}, "holds": holds(found)}
 

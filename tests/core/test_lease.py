@@ -111,6 +111,28 @@ def check_whole(store: Store, record: ModelRef) -> None:
     assert {file.path for file in store.list_files("")} == expected
 
 
+def check_comes_late(processes: Processes, paused: "subprocess.Popen[str]", store: Store) -> None:
+    """Fail unless a successor makes the artifact, and the process that was paused returns the successor's."""
+    record, made, _ = finish(processes.start("its successor"))
+    assert made
+    paused.send_signal(signal.SIGCONT)
+    late, _, _ = finish(paused)
+    assert late.artifact.content == record.artifact.content
+    check_whole(store, record)
+
+
+def check_taken_over(processes: Processes, store: Store, how: str) -> tuple[str, float]:
+    """Fail unless the next process makes the artifact of one that was killed; return what it said, and its seconds."""
+    started = time.monotonic()
+    record, made, said = finish(processes.start(how=how))
+    seconds = time.monotonic() - started
+    assert made
+    for litter in [*store.list_files("work")]:  # of the one that was killed
+        store.delete(litter.path)
+    check_whole(store, record)
+    return said, seconds
+
+
 @pytest.fixture
 def processes(any_store: Store, tmp_path: Path) -> Iterator[Processes]:
     found = Processes(any_store, tmp_path)
@@ -140,48 +162,30 @@ def test_a_killed_holder_is_taken_over_when_its_lease_is_stale(processes: Proces
     holder = processes.start_holder(seconds=60)
     time.sleep(1)  # some heartbeats
     holder.kill()
-    killed = time.monotonic()
-    record, made, said = finish(processes.start(how="elsewhere"))
-    assert made and f"process {holder.pid} on" in said
-    assert time.monotonic() - killed > STALE_SECONDS - 2  # S3 tells time in whole seconds
-    for litter in [*any_store.list_files("work")]:  # of the one that was killed
-        any_store.delete(litter.path)
-    check_whole(any_store, record)
+    said, seconds = check_taken_over(processes, any_store, "elsewhere")
+    assert f"process {holder.pid} on" in said
+    assert seconds > STALE_SECONDS - 2  # S3 tells time in whole seconds
 
 
 def test_a_holder_that_was_killed_on_this_machine_is_taken_over_at_once(processes: Processes, any_store: Store) -> None:
     holder = processes.start_holder(seconds=60, how="patient")
     holder.kill()
     holder.wait()
-    started = time.monotonic()
-    record, made, said = finish(processes.start(how="patient"))
-    assert made and not said, "nobody was waited for"
-    assert time.monotonic() - started < 60
-    for litter in [*any_store.list_files("work")]:
-        any_store.delete(litter.path)
-    check_whole(any_store, record)
+    said, seconds = check_taken_over(processes, any_store, "patient")
+    assert not said, "nobody was waited for"
+    assert seconds < 60
 
 
 def test_a_holder_that_was_paused_beyond_its_lease_does_no_harm(processes: Processes, any_store: Store) -> None:
     holder = processes.start_holder("before the pause", seconds=1)
     holder.send_signal(signal.SIGSTOP)
-    record, made, _ = finish(processes.start("its successor"))
-    assert made
-    holder.send_signal(signal.SIGCONT)
-    late, _, _ = finish(holder)
-    assert late.artifact.content == record.artifact.content
-    check_whole(any_store, record)
+    check_comes_late(processes, holder, any_store)
 
 
 def test_a_holder_paused_just_before_it_commits_does_no_harm(processes: Processes, any_store: Store) -> None:
     holder = processes.start_holder("before the pause", how="pause")
     wait_for_stop(holder)
-    record, made, _ = finish(processes.start("its successor"))
-    assert made
-    holder.send_signal(signal.SIGCONT)
-    late, _, _ = finish(holder)
-    assert late.artifact.content == record.artifact.content
-    check_whole(any_store, record)
+    check_comes_late(processes, holder, any_store)
 
 
 def test_a_paused_holder_that_comes_back_first_is_who_counts(processes: Processes, any_store: Store) -> None:

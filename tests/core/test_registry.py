@@ -21,7 +21,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def add(store: Store, run: str, name: str = "shop", verdict: str = "promote") -> Version:
-    return registry.add_version(store, name, run, verdict, f"{hash(run) % 16**8:08x}" + 56 * "0", None, None)
+    return registry.add_version(store, name, run, verdict, f"{hash(run) % 16**8:08x}" + 56 * "0", None)
 
 
 def promote(store: Store, version: Version, alias: str = "promoted", name: str = "shop") -> Move:

@@ -149,8 +149,13 @@ def test_a_store_that_fails_after_it_takes_the_model_back(
 
 def add(exported: Exported, run: str, done: OllamaRef | None = None) -> Version:
     """Add a run that exported the file to the registry, as registered in Ollama where it was."""
-    name, digest = (done.name, done.digest) if done else (None, None)
-    return registry.add_version(exported.store, "shop", run, "promote", exported.sha256, name, digest)
+    return registry.add_version(exported.store, "shop", run, "promote", exported.sha256, done)
+
+
+def add_another(exported: Exported) -> Version:
+    """Add a run with another file, as registered in Ollama."""
+    there = OllamaRef(name="shop:cccccccc", url="", registered=True, digest="d")
+    return registry.add_version(exported.store, "shop", "b", "promote", "c" * 64, there)
 
 
 def test_a_promoted_version_gets_the_alias_in_both(exported: Exported, ollama: RecordedOllama) -> None:
@@ -200,7 +205,7 @@ def test_an_ollama_that_lost_the_model_or_is_gone_undoes_the_promotion(
 def test_an_interrupt_undoes_both(exported: Exported, ollama: RecordedOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     done = exported.register()
     promote(exported.store, "shop", "promoted", add(exported, "a", done), "gained")
-    later = registry.add_version(exported.store, "shop", "b", "promote", "c" * 64, "shop:cccccccc", "d")
+    later = add_another(exported)
     ollama.models["shop:cccccccc"] = "mk-smollm2:latest"
 
     def interrupted(url: str, name: str, alias: str) -> str:
@@ -251,7 +256,7 @@ def test_a_promotion_that_another_overtakes_leaves_ollama_with_the_others(
     """The other promotes while Ollama's alias is moved here, and had moved it before: it is moved on to the other's."""
     done = exported.register()
     version = add(exported, "a", done)
-    later = registry.add_version(exported.store, "shop", "b", "promote", "c" * 64, "shop:cccccccc", "d")
+    later = add_another(exported)
     ollama.models["shop:cccccccc"] = "mk-smollm2:latest"
 
     def overtaken(url: str, name: str, alias: str) -> str:

@@ -360,7 +360,7 @@ def test_a_run_that_is_overtaken_comes_after_the_other(
 ) -> None:
     """Another run promotes between this one's look at the alias and its own promotion."""
     run = read_manifest(finished, run_ids(finished)[0])
-    other = registry.add_version(finished, "tiny", "other", "promote", "c" * 64, None, None)
+    other = registry.add_version(finished, "tiny", "other", "promote", "c" * 64, None)
     monkeypatch.setattr(
         "flows.finetune.compare_scores", lambda *_: run.report.model_copy(update={"verdict": "promote"})
     )
