@@ -136,7 +136,8 @@ def read_manifest(store: Store, run_id: str) -> RunManifest:
     """Return a run's manifest, upgraded to today's version. `latest` is the newest run.
     Raises ForgetlessError if there is none, StoreError if it cannot be read."""
     if run_id == "latest":
-        run_id = next(iter(reversed(run_ids(store))), "")
+        begun = reversed(run_ids(store))  # one that has just begun may have no manifest yet
+        run_id = next((name for name in begun if store.read_bytes(manifest_path(name)) is not None), "")
         if not run_id:
             raise ForgetlessError(f"There are no runs in {store.url} yet. Start one with: forgetless run quickstart")
     data = store.read_bytes(manifest_path(run_id))

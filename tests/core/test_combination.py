@@ -319,6 +319,11 @@ def test_methods_that_take_products_take_any_rank(store: FileStore) -> None:
     assert len(read(store, "a-1", "c-3", method="sequence").parts) == 2
 
 
+def test_latest_is_a_run_that_has_written_its_manifest(two: FileStore) -> None:
+    (two.root / "runs" / "zh-20990101-000000-000").mkdir()  # it has just begun
+    assert read(two, "zh-1", "latest").config.runs == ["zh-1", "sums-2"]
+
+
 def test_latest_is_one_of_those_named_or_another(two: FileStore) -> None:
     assert read(two, "zh-1", "latest").config.runs == ["zh-1", "sums-2"]
     with pytest.raises(ConfigError, match="each once"):

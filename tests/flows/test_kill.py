@@ -1,5 +1,6 @@
 """Killed anywhere, the same command ends with the same bytes and repeats nothing that was finished."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tasks.core.digest import file_sha256
+from tasks.core.errors import ForgetlessError
 from tasks.core.manifest import RunManifest, read_manifest, run_ids
 from tasks.core.store import MARKER, FileStore
 from tests.conftest import ROOT
@@ -109,8 +111,9 @@ def wait_for(store: FileStore, known: set[str], stage: str, process: subprocess.
     end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
         for run_id in set(run_ids(store)) - known:
-            manifest = read_manifest(store, run_id)
-            if stage in manifest.stages and manifest.stages[stage].status == "running":
-                return manifest
+            with contextlib.suppress(ForgetlessError):  # it has just begun
+                manifest = read_manifest(store, run_id)
+                if stage in manifest.stages and manifest.stages[stage].status == "running":
+                    return manifest
         time.sleep(0.02)
     raise AssertionError(f"{stage} was not reached")
