@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.core.errors import StoreError
 
@@ -51,7 +51,10 @@ def hold_lease(store: "Store", stage: "Stage") -> Iterator[None]:
 
 
 class Lease:
-    """The lease of a stage's artifact, for one holder."""
+    """The lease of a stage's artifact, for one holder.
+
+    Number 1 is created, not looked for: without others a lease costs two requests. Who takes over leaves number 1 there
+    until the end, so that nobody else creates it meanwhile."""
 
     def __init__(self, store: "Store", stage: "Stage") -> None:
         self.store, self.kind = store, stage.kind
@@ -61,43 +64,67 @@ class Lease:
         self.mine = json.dumps(holder).encode()
         self.path: str | None = None
         """Where the holder's own is, from before it is created."""
-        self.has_beaten = False
+        self.is_taken = False
+        self.dead: list[StoredFile] = []
+        """What former holders left, the first number's first."""
+        self.has_beaten = self.was_late = False
 
     def take(self) -> None:
         """Return when the lease is this holder's."""
-        told = 0
+        found: dict[int, list[StoredFile]] = {}
+        told = ""
         while True:
-            found = self._find()
-            number = max(found, default=0)
-            if number and self._is_alive(found[number]):
-                if number != told:
-                    self._tell(found[number])
-                told = number
+            number = max(found) + 1 if 1 in found else 1
+            self.path = f"{self.folder}/{self.name}.{number}"
+            self.is_taken = self.store.create_bytes(self.path, self.mine)
+            if self.is_taken:
+                self.dead = [file for number in sorted(found) for file in found[number]]
+                if number == 1 or self._find().get(1, [])[:1] == found[1][:1]:
+                    return
+                self.dead = []  # released just before, so that another may have number 1
+                self.release()
+            self.path, self.is_taken = None, False
+            while (found := self._find()) and (alive := self._alive(found)):
+                if alive[0].path != told:
+                    self._tell(alive)
+                told = alive[0].path
                 time.sleep(POLL_SECONDS)
-                continue
-            self.path = f"{self.folder}/{self.name}.{number + 1}"
-            if self.store.create_bytes(self.path, self.mine):
-                for file in (file for files in found.values() for file in files):
-                    self.store.delete(file.path)
-                return
-            self.path = None  # another was faster
+
+    def holder(self) -> dict[str, Any] | None:
+        """Return who holds the lease at present: `host` and `process`."""
+        alive = self._alive(self._find())
+        return self._read(alive) if alive else None
 
     def beat(self, ended: threading.Event) -> None:
-        """Give signs of life until `ended`, or until another process took over."""
+        """Give signs of life until `ended`, or until a process that took over has ended."""
         assert self.path
+        last = time.monotonic()
         while not ended.wait(BEAT_SECONDS):
             with contextlib.suppress(StoreError):  # a network that comes back within STALE_SECONDS loses nothing
                 if self.store.read_bytes(self.path) != self.mine:
+                    self.was_late = True
                     return
                 self.has_beaten = True
                 self.store.write_bytes(f"{self.path}.beat", self.mine)
+                self.was_late |= time.monotonic() - last > STALE_SECONDS
+                last = time.monotonic()
+        self.was_late |= time.monotonic() - last > STALE_SECONDS
 
     def release(self) -> None:
-        """Delete what this holder has of the lease: the heartbeat first, which alone would look like a holder."""
-        if self.has_beaten:
-            self.store.delete(f"{self.path}.beat")
-        if self.path:
-            self.store.delete(self.path)
+        """Delete what this holder has of the lease, former holders' first: the heartbeat before what it belongs to, as
+        it alone would look like a holder."""
+        if self.path is None:
+            return
+        if (self.was_late or not self.is_taken) and self.store.read_bytes(self.path) != self.mine:
+            return
+        gone = sorted((file.path for file in self.dead), key=lambda path: not path.endswith(".beat"))
+        gone += [f"{self.path}.beat"] if self.has_beaten else []
+        if self.was_late and max(self._find(), default=0) > int(self.path.rpartition(".")[2]):
+            gone = gone[len(self.dead) :]  # who took over deletes the rest
+        else:
+            gone.append(self.path)
+        for path in gone:
+            self.store.delete_file(path)
 
     def _find(self) -> dict[int, list["StoredFile"]]:
         """Return the files of every number: a holder's own, then its heartbeat."""
@@ -108,15 +135,23 @@ class Lease:
                 found[int(rest.removesuffix(".beat"))].append(file)
         return found
 
+    def _alive(self, found: dict[int, list["StoredFile"]]) -> list["StoredFile"]:
+        """Return the files of a holder that lives, the last number's first; none where all are dead."""
+        return next((found[number] for number in sorted(found, reverse=True) if self._is_alive(found[number])), [])
+
     def _is_alive(self, files: list["StoredFile"]) -> bool:
-        holder = json.loads(self.store.read_bytes(files[0].path) or b"{}")
+        holder = self._read(files)
         if holder.get("space") and holder["space"] == _space() and _started(holder["process"]) != holder["started"]:
             return False  # it was killed on this very machine
         return self.store.clock() - max(file.written for file in files) < STALE_SECONDS
 
+    def _read(self, files: list["StoredFile"]) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.store.read_bytes(files[0].path) or b"{}")
+        return found
+
     def _tell(self, files: list["StoredFile"]) -> None:
         """Say on standard error for whom this process waits."""
-        holder = json.loads(self.store.read_bytes(files[0].path) or b"{}")
+        holder = self._read(files)
         since = datetime.fromtimestamp(files[0].written).astimezone()
         print(
             f"forgetless: process {holder.get('process', '?')} on {holder.get('host', '?')} has been making this "

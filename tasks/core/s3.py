@@ -26,7 +26,7 @@ from tasks.core.errors import StoreError, describe_os_error
 from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRef
 from tasks.core.retry import WrongBytes, error_code, is_unknown_host, retried
-from tasks.core.store import MARKER, PIECE_BYTES, StoredFile, read_marker
+from tasks.core.store import MARKER, PIECE_BYTES, PROBE, StoredFile, read_marker
 
 MIB = 1 << 20
 PART = 8 * MIB  # S3 takes 5 MiB to 5 GiB, and 10,000 of them
@@ -73,6 +73,7 @@ class S3Store:
         self.bucket, self.prefix = bucket, prefix
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.cache, self.cache_limit = cache, cache_limit
+        self.keeps_created = False
 
     def _key(self, path: str) -> str:
         return f"{self.prefix}/{path}".lstrip("/")
@@ -107,29 +108,55 @@ class S3Store:
         retried(put)
 
     def create_bytes(self, path: str, data: bytes) -> bool:
+        with self._telling(f"write {path}"):
+            if not self.keeps_created:
+                self._check_keeps_created()
+            return self._create(path, data) or self.read_bytes(path) == data
+
+    def _create(self, path: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        def put() -> None:
-            self.client.put_object(**self._place(path), Body=data, ContentMD5=_content_md5(_md5(data)), IfNoneMatch="*")
+        md5 = _md5(data)
 
-        with self._telling(f"write {path}"):
-            while True:
-                try:
-                    retried(put)
-                    return True
-                except ClientError as error:
-                    match error_code(error)[0]:
-                        case 412:
-                            return self.read_bytes(path) == data
-                        case 409:  # another writer is at it: who was first is known at the next try
-                            continue
-                    raise
+        def put() -> None:
+            made = self.client.put_object(**self._place(path), Body=data, ContentMD5=_content_md5(md5), IfNoneMatch="*")
+            try:
+                _check_etag(made, md5)
+            except WrongBytes:  # there was none, so it is this writer's, and nobody's to use
+                self.delete_file(path)
+                raise
+
+        while True:
+            try:
+                retried(put)
+                return True
+            except ClientError as error:
+                match error_code(error)[0]:
+                    case 412 | 304:  # MinIO's until 2024
+                        return False
+                    case 409:  # another writer is at it: who was first is known at the next try
+                        continue
+                raise
+
+    def _check_keeps_created(self) -> None:
+        """Raise StoreError unless what is there is not created again: some services ignore If-None-Match, and there of
+        two writers both would win. Asked once by a process, of a file that nobody reads."""
+        if self._create(PROBE, b"forgetless") and self._create(PROBE, b"forgetless"):
+            raise StoreError(
+                f"{self.client.meta.endpoint_url} ignores If-None-Match, so of two runs that write the same both would "
+                "win. Use a service, or a version of it, that knows conditional writes."
+            )
+        self.keeps_created = True
+
+    def delete_file(self, path: str) -> None:
+        with self._telling(f"delete {path}"):
+            retried(lambda: self.client.delete_object(**self._place(path)))
 
     def delete(self, path: str) -> None:
         with self._telling(f"delete {path}"):
             found = [file.path for file in self.list_files(path)] or [path]
             for file in sorted(found, key=lambda file: file != f"{path}/{MARKER}"):
-                retried(lambda file=file: self.client.delete_object(**self._place(file)))  # type: ignore[misc]
+                self.delete_file(file)
 
     def list_files(self, path: str) -> Iterator[StoredFile]:
         prefix = self._key(path).rstrip("/") + "/" if self._key(path) else ""
@@ -146,13 +173,23 @@ class S3Store:
                 yield from body.iter_chunks(PIECE_BYTES)
 
     def list_partial(self) -> Iterator[StoredFile]:
-        pages = self.client.get_paginator("list_multipart_uploads")
-        prefix = f"{self.prefix}/" if self.prefix else ""
         with self._telling("list uploads"):
-            for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
-                for upload in page.get("Uploads", []):
-                    name = upload["Key"].removeprefix(self.prefix).lstrip("/")
-                    yield StoredFile(f"{name}?uploadId={upload['UploadId']}", 0, upload["Initiated"].timestamp())
+            for upload in self._list_uploads(f"{self.prefix}/" if self.prefix else ""):
+                name = upload["Key"].removeprefix(self.prefix).lstrip("/")
+                yield StoredFile(f"{name}?uploadId={upload['UploadId']}", 0, upload["Initiated"].timestamp())
+
+    def _list_uploads(self, prefix: str) -> list[dict[str, Any]]:
+        """Return the uploads in parts that were neither completed nor aborted; none where a service lists none."""
+        from botocore.exceptions import ClientError
+
+        pages = self.client.get_paginator("list_multipart_uploads")
+        try:
+            found = retried(lambda: list(pages.paginate(Bucket=self.bucket, Prefix=prefix)))
+        except ClientError as error:
+            if error_code(error)[0] not in (405, 501):
+                raise
+            return []
+        return [upload for page in found for upload in page.get("Uploads", [])]
 
     def delete_partial(self, path: str) -> None:
         name, _, upload = path.rpartition("?uploadId=")
@@ -198,21 +235,30 @@ class S3Store:
         path, place, facts = f"artifacts/{ref.kind}/{ref.key}", self.files_path(ref), json.loads(marker)
         progress = _Progress("sending to the store", facts["files"])
         with self._telling(f"write {path}"):
+            pages = self._pages(Prefix=self._key(path) + "/")
+            found = {e["Key"].removeprefix(self._key(path) + "/"): e for p in pages for e in p.get("Contents", [])}
             for name, file in facts["files"].items():
-                md5s = self._upload_file(folder / name, f"{place}/{name}", file, progress)
+                there = found.get(f"{ref.content}/{name}", {})
+                md5s = self._upload_file(folder / name, f"{place}/{name}", file, there, progress)
                 if len(md5s) > 1:
                     file["md5"] = md5s
         first = self.create_bytes(f"{path}/{MARKER}", canonical_json(facts))
         counts = facts if first else read_marker(self, ref.kind, ref.key) or facts
-        for content in self.list_folders(path):
+        for content in {ref.content, *(name.partition("/")[0] for name in found if "/" in name)}:
             if content != counts["artifact"]["content"]:  # of a writer that was killed, or came second
                 self.delete(f"{path}/{content}")
         return first
 
-    def _upload_file(self, file: Path, path: str, facts: dict[str, Any], progress: "_Progress") -> list[str]:
-        """Put a file into the bucket and return the MD5 of each part; an upload that was broken off is continued."""
+    def _upload_file(
+        self, file: Path, path: str, facts: dict[str, Any], there: dict[str, Any], progress: "_Progress"
+    ) -> list[str]:
+        """Put a file into the bucket and return the MD5 of each part. What an upload that was broken off left is not
+        sent again: `there`, the object as the bucket lists it, or parts."""
         parts, whole = _parts(facts), hashlib.sha256()
-        upload, there = self._find_upload(path) if len(parts) > 1 else ("", {})
+        if there.get("Size") == facts["size"] and (md5s := _md5s_as_listed(file, parts, facts, _etag(there))):
+            progress.add(facts["size"])
+            return md5s
+        upload, sent = self._find_upload(path) if len(parts) > 1 else ("", {})
 
         def read() -> Iterator[tuple[Part, bytes]]:
             with file.open("rb") as source:
@@ -224,7 +270,7 @@ class S3Store:
         def send(item: tuple[Part, bytes]) -> tuple[int, str, str]:
             part, data = item
             md5 = _md5(data)
-            etag = there.get(part.number, "")
+            etag = sent.get(part.number, "")
             if not upload:
                 self._put(path, data)
             elif etag != md5:
@@ -245,16 +291,8 @@ class S3Store:
     def _find_upload(self, path: str) -> tuple[str, dict[int, str]]:
         """Return the id of an upload of this object that was broken off, with the ETags of its parts by number, or of
         a new one. Whose bytes the parts have is not asked: those of other bytes have other ETags, and are replaced."""
-        from botocore.exceptions import ClientError
-
         place = self._place(path)
-        try:
-            found = retried(lambda: self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=place["Key"]))
-            started = [u for u in found.get("Uploads", []) if u["Key"] == place["Key"]]
-        except ClientError as error:
-            if error_code(error)[0] not in (405, 501):  # a service that does not list them
-                raise
-            started = []
+        started = [u for u in self._list_uploads(place["Key"]) if u["Key"] == place["Key"]]
         if not started:
             return str(retried(lambda: self.client.create_multipart_upload(**place))["UploadId"]), {}
         upload = str(max(started, key=lambda u: u["Initiated"])["UploadId"])
@@ -274,7 +312,7 @@ class S3Store:
 
         place = self._place(path)
         parts = {"Parts": [{"PartNumber": n, "ETag": f'"{etag}"'} for n, etag in enumerate(etags, 1)]}
-        joined = f"{_md5(b''.join(map(bytes.fromhex, md5s)))}-{len(md5s)}"
+        joined = _joined(md5s)
         lost: ClientError | None = None
         try:
             retried(lambda: self.client.complete_multipart_upload(**place, UploadId=upload, MultipartUpload=parts))
@@ -315,6 +353,7 @@ class S3Store:
                         self._download_file(path, file, facts, progress)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(target)
+                folder.with_suffix(".lock").unlink()  # who waits for it finds the target
         except OSError as error:
             raise StoreError(describe_os_error(error, f"keep {ref.uri} in the cache {self.cache}")) from error
         if not hold(target):
@@ -379,6 +418,11 @@ class S3Store:
             return f"there is no bucket {self.bucket}. Create it, or name another. Check AWS_ENDPOINT_URL_S3 too."
         if code == "RequestTimeTooSkewed":
             return "this machine's clock differs too much from the store's. Set it (timedatectl set-ntp true)."
+        if status == 501 or code == "NotImplemented":
+            return (
+                f"{self.client.meta.endpoint_url} does not know this request ({error}). Conditional writes "
+                "(If-None-Match) are needed: use a service, or a version of it, that has them."
+            )
         if code in DENIED or status in (401, 403):
             return (
                 f"the store denies it ({code}). Check that the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE) are still "
@@ -466,6 +510,22 @@ def _write_at(file: int, data: bytes, offset: int) -> None:
 
 def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _joined(md5s: list[str]) -> str:
+    """Return the ETag of an object from the MD5 of its parts."""
+    return md5s[0] if len(md5s) == 1 else f"{_md5(b''.join(map(bytes.fromhex, md5s)))}-{len(md5s)}"
+
+
+def _md5s_as_listed(file: Path, parts: list[Part], facts: dict[str, Any], etag: str) -> list[str]:
+    """Return the MD5 of each part of a file whose bytes are those of an object with this ETag; else nothing."""
+    whole, md5s = hashlib.sha256(), []
+    with file.open("rb") as source:
+        for part in parts:
+            data = source.read(part.size)
+            whole.update(data)
+            md5s.append(_md5(data))
+    return md5s if (_joined(md5s), whole.hexdigest()) == (etag, facts["sha256"]) else []
 
 
 def _has_digest(data: bytes, digest: str) -> bool:

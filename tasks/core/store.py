@@ -19,13 +19,14 @@ from urllib.parse import unquote, urlparse
 
 from tasks.core.cache import held_folder
 from tasks.core.digest import canonical_json, content_digest, file_sha256
-from tasks.core.errors import StoreError, describe_os_error
+from tasks.core.errors import ForgetlessError, StoreError, describe_os_error
 from tasks.core.lease import hold_lease
 from tasks.core.records import ArtifactRecord, ArtifactRef
 from tasks.core.settings import Settings
 from tasks.core.stages import Stage
 
 MARKER = "_artifact.json"
+PROBE = "work/probe"
 PIECE_BYTES = 1 << 20
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
@@ -52,10 +53,14 @@ class Store(Protocol):
 
     def create_bytes(self, path: str, data: bytes) -> bool:
         """Write a small object where there is none, atomically: of several writers one gets True. The same bytes there
-        already are one's own, written before an answer that was lost: True too."""
+        already are one's own, written before an answer that was lost: True too. Raises StoreError where the store
+        cannot do so."""
 
     def delete(self, path: str) -> None:
         """Delete a small object or a folder, where there is one; of an artifact the marker first."""
+
+    def delete_file(self, path: str) -> None:
+        """Delete a small object, where there is one, by one request."""
 
     def stream(self, path: str) -> Iterator[bytes]:
         """Yield a file in pieces of at most 1 MiB. Raises StoreError, also where there is none."""
@@ -151,10 +156,26 @@ def stored(
             try:
                 fields = make(folder)
                 return put_artifact(store, stage, folder, record_type, fields)
-            except OSError as error:
-                if error.errno not in CANNOT_WRITE:
+            except ForgetlessError:
+                raise
+            except Exception as error:
+                denied = _write_error(error, folder)
+                if denied is None:
                     raise  # the stage's own trouble, a network's say: it may be retried
-                raise StoreError(describe_os_error(error, f"write the {stage.kind} artifact to {store.url}")) from error
+                raise StoreError(
+                    describe_os_error(denied, f"write the {stage.kind} artifact to {store.url}")
+                ) from error
+
+
+def _write_error(error: Exception, folder: Path) -> OSError | None:
+    """Return why a disk could not be written, or None for other trouble. Libraries tell it in words of their own
+    (safetensors) or not at all (NumPy)."""
+    if not isinstance(error, OSError) or error.errno is None:
+        told = re.search(r"os error (\d+)", str(error))
+        is_full = shutil.disk_usage(folder).free < PIECE_BYTES
+        number = int(told[1]) if told else errno.ENOSPC if is_full else 0
+        error = OSError(number, os.strerror(number))
+    return error if error.errno in CANNOT_WRITE else None
 
 
 def put_artifact(
@@ -190,8 +211,8 @@ def put_artifact(
 
 def check_writable(store: Store) -> None:
     """Raise StoreError unless something can be written, read back and is the same."""
-    store.write_bytes("work/probe", b"forgetless")
-    if store.read_bytes("work/probe") != b"forgetless":
+    store.write_bytes(PROBE, b"forgetless")
+    if store.read_bytes(PROBE) != b"forgetless":
         raise StoreError(f"{store.url} does not give back what was written to it. Choose another place with --store.")
 
 
@@ -248,9 +269,15 @@ class FileStore:
             (target / MARKER).unlink(missing_ok=True)
             shutil.rmtree(target)
         except NotADirectoryError:
-            target.unlink(missing_ok=True)
+            self.delete_file(path)
         except FileNotFoundError:
             pass
+        except OSError as error:
+            raise StoreError(describe_os_error(error, f"delete {path} from {self.url}")) from error
+
+    def delete_file(self, path: str) -> None:
+        try:
+            self._path(path).unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(describe_os_error(error, f"delete {path} from {self.url}")) from error
 
@@ -274,12 +301,12 @@ class FileStore:
     def list_partial(self) -> Iterator[StoredFile]:
         top = (p for folder in (self.root, self.root / "work") for p in folder.glob(".*") if p.is_file())
         found = [StoredFile(str(p.relative_to(self.root)), p.stat().st_size, p.stat().st_mtime) for p in top]
-        for folder in ("runs", "registry"):
+        for folder in ("runs", "registry", "leases", "responses"):
             found += self.list_files(folder)
         yield from (file for file in found if TEMPORARY.fullmatch(file.path.rpartition("/")[2]))
 
     def delete_partial(self, path: str) -> None:
-        self.delete(path)
+        self.delete_file(path)
 
     def clock(self) -> float:
         try:

@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 
 import pytest
 
+from flows.store import DAY, collect_garbage
 from tasks.core.errors import StoreError
 from tasks.core.records import ModelRef
 from tasks.core.s3 import MIB, S3Store
+from tasks.core.settings import Settings
 from tasks.core.stages import Stage
-from tasks.core.store import stored
+from tasks.core.store import read_marker, stored
 from tests.core.faulty_s3 import FaultyS3
 
 STAGE = Stage("merged", 1, ["abc"], {})
@@ -72,7 +74,7 @@ def test_a_fifth_of_the_requests_may_fail(proxy: FaultyS3, tmp_path: Path) -> No
     proxy.share = 0.2
     folder = store.local_folder(stored(store, STAGE, ModelRef, make).artifact)
     assert (folder / "model.bin").read_bytes() == random.Random(1).randbytes(SIZE)
-    assert proxy.failed >= 5
+    assert proxy.injected.total() >= 5
 
 
 def test_wrong_bytes_in_every_download_are_an_error_and_not_kept(proxy: FaultyS3, tmp_path: Path) -> None:
@@ -103,6 +105,79 @@ def test_a_killed_upload_is_continued(proxy: FaultyS3, tmp_path: Path) -> None:
     ref = stored(store, STAGE, ModelRef, make).artifact
     assert proxy.sent < SIZE - 24 * MIB + 1 * MIB, before
     assert (store.local_folder(ref) / "model.bin").stat().st_size == SIZE
+
+
+def test_files_that_are_whole_already_are_not_sent_again(proxy: FaultyS3, tmp_path: Path) -> None:
+    """Killed after the last file and before the marker: small files and one of several parts."""
+    store = S3Store("bucket", "p", tmp_path)
+    ref = stored(store, STAGE, ModelRef, make).artifact
+    place = f"artifacts/merged/{STAGE.key}"
+    store.delete_file(f"{place}/_artifact.json")
+    store.write_bytes(f"{store.files_path(ref)}/small.txt", b"hallo")  # of the same size
+    store.write_bytes(f"{place}/other-content/model.bin", b"of another writer that was killed")
+    proxy.sent = 0
+    again = stored(store, STAGE, ModelRef, make).artifact
+    assert (again.content, again.reused) == (ref.content, False)
+    assert proxy.sent < 10_000, "small.txt, the marker and a lease"
+    assert (store.local_folder(again) / "small.txt").read_text() == "hello"
+    assert store.list_folders(place) == [ref.content]
+    marker = read_marker(store, "merged", STAGE.key)
+    assert marker and len(marker["files"]["model.bin"]["md5"]) == 8
+
+
+def test_an_upload_that_nobody_continues_is_aborted_by_gc(proxy: FaultyS3, tmp_path: Path) -> None:
+    proxy.slow = 0.2
+    kill_midway(UPLOAD, tmp_path, lambda: proxy.sent > 16 * MIB)
+    proxy.slow = 0.0
+    store = S3Store("bucket", "p", tmp_path)
+    (begun,) = store.list_partial()  # of moto's, the time is always the same one
+    settings = Settings(store.url, tmp_path, "")
+    gone = collect_garbage(store, settings, lambda _: None, now=store.clock() + DAY + 60)["removed"]
+    lost = {begun.path, f"leases/merged/{STAGE.key}.1", f"artifacts/merged/{STAGE.key}"}
+    assert lost <= {g["path"] for g in gone}
+    assert not list(store.list_partial())
+
+
+def test_a_created_object_of_wrong_bytes_counts_for_nobody(proxy: FaultyS3, tmp_path: Path) -> None:
+    store = S3Store("bucket", "p", tmp_path)
+    assert store.create_bytes("a", b"1")
+    proxy.faults, proxy.share = ("wrong bytes",), 1.0
+    store.client.meta.events.register("before-send.s3.DeleteObject", lambda **_: setattr(proxy, "share", 0.0))
+    assert store.create_bytes("b", b"right"), "the second time"
+    assert proxy.injected["wrong bytes"] == 1
+    assert store.read_bytes("b") == b"right"
+
+
+@pytest.mark.parametrize(
+    ("creates", "sentence"), [("ignored", "ignores If-None-Match"), ("refused", "does not know this request")]
+)
+def test_a_service_without_conditional_writes_is_refused(
+    proxy: FaultyS3, tmp_path: Path, creates: str, sentence: str
+) -> None:
+    store = S3Store("bucket", "p", tmp_path)
+    store.create_bytes("registry/a/1.json", b"first")
+    proxy.creates = creates
+    for _ in range(2):
+        with pytest.raises(StoreError, match=sentence):
+            S3Store("bucket", "p", tmp_path).create_bytes("registry/a/1.json", b"second")
+    assert store.read_bytes("registry/a/1.json") == b"first", "nothing was overwritten"
+
+
+def test_what_is_asked_of_a_service_is_what_all_of_them_know(
+    proxy: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Path style, whatever the host is called, and no checksum but Content-MD5: no trailer, no chunks."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url.replace("127.0.0.1", "localhost"))
+    store = S3Store("bucket", "p", tmp_path)
+    asked: list[Any] = []
+    store.client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request))
+    store.local_folder(stored(store, STAGE, ModelRef, make).artifact)
+    store.delete("artifacts")
+    assert {r.method for r in asked} == {"GET", "HEAD", "POST", "PUT", "DELETE"}
+    assert {r.url.split("/")[3].partition("?")[0] for r in asked} == {"bucket"}
+    headers = {name.lower() for r in asked for name in r.headers}
+    assert not [name for name in headers if "checksum" in name or "trailer" in name or "decoded" in name]
+    assert all("Content-MD5" in r.headers for r in asked if r.method == "PUT")
 
 
 def test_a_killed_download_is_continued(proxy: FaultyS3, tmp_path: Path) -> None:
