@@ -25,12 +25,14 @@ from flows.train_adapter import train_adapter
 from tasks.core.config import CombineConfig, Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
 from tasks.core.hardware import describe_machine
+from tasks.core.lease import hold_lease
 from tasks.core.licences import check_use
 from tasks.core.manifest import (
     RunManifest,
     StageState,
     find_start,
     new_run_id,
+    run_stage,
     shipped_part,
     write_manifest,
 )
@@ -211,23 +213,25 @@ class Run:
     @contextlib.contextmanager
     def recorded(self):  # type: ignore[no-untyped-def]
         """Yield the manifest; write it as completed, or as failed with the error, when the run ends."""
-        write_manifest(self.store, self.manifest)
-        try:
-            yield self.manifest
-            self.manifest.status = "completed"
-        except BaseException as error:
-            self.manifest.status = "failed"
-            known = isinstance(error, ForgetlessError)
-            self.manifest.error = str(error) if known else f"{type(error).__name__}: {error}"
-            if self.manifest.ollama and self.manifest.ollama.created:  # the transaction took it back
-                name, self.manifest.ollama = self.manifest.ollama.name, None
-                self.note(
-                    "ollama", f"taken back, as the run failed later; if `ollama list` still has it: ollama rm {name}"
-                )
-            raise
-        finally:
-            self.manifest.finished = datetime.now(UTC)
+        with hold_lease(self.store, run_stage(self.manifest.run_id)):
             write_manifest(self.store, self.manifest)
+            try:
+                yield self.manifest
+                self.manifest.status = "completed"
+            except BaseException as error:
+                self.manifest.status = "failed"
+                known = isinstance(error, ForgetlessError)
+                self.manifest.error = str(error) if known else f"{type(error).__name__}: {error}"
+                if self.manifest.ollama and self.manifest.ollama.created:  # the transaction took it back
+                    name, self.manifest.ollama = self.manifest.ollama.name, None
+                    self.note(
+                        "ollama",
+                        f"taken back, as the run failed later; if `ollama list` still has it: ollama rm {name}",
+                    )
+                raise
+            finally:
+                self.manifest.finished = datetime.now(UTC)
+                write_manifest(self.store, self.manifest)
 
     @contextlib.contextmanager
     def timed(self, name: str):  # type: ignore[no-untyped-def]

@@ -485,6 +485,7 @@ def show_usage(usage: dict[str, Any]) -> None:
     table.add_row(Text("all artifacts", "bold"), Text(decimal(usage["total"]), "bold"))
     table.add_row("  that runs reach", decimal(usage["reached"]))
     table.add_row("  that no run reaches", decimal(usage["unreached"]))
+    table.add_row("answers kept for scoring", decimal(usage["responses"]))
     table.add_row("work in progress", decimal(usage["work"]))
     cache = usage["cache"]
     limit = f" of {decimal(cache['limit'])}" if cache["limit"] is not None else ""

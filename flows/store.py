@@ -1,6 +1,7 @@
 """What a store holds, whether it is whole, and what of it nobody needs: `forgetless store`.
 
-What a run reaches is what its manifest names. What is younger than a day is never garbage: somebody may be at it.
+What a run reaches is what its manifest names, and what that was made from. What is younger than a day is never
+garbage: somebody may be at it.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 from tasks.core.cache import folder_bytes, is_held, remove_unheld, trim_cache
 from tasks.core.digest import content_digest
 from tasks.core.errors import ConfigError, ForgetlessError, StoreError
-from tasks.core.manifest import manifest_path, parse_manifest, read_manifest, run_ids
+from tasks.core.lease import Lease
+from tasks.core.manifest import manifest_path, parse_manifest, read_manifest, run_ids, run_stage
 from tasks.core.records import ArtifactRef
 from tasks.core.settings import Settings
 from tasks.core.store import MARKER, FileStore, Store, StoredFile
@@ -45,43 +47,42 @@ class Stored:
 
 
 def list_artifacts(store: Store, name: str | None = None) -> list[Stored]:
-    """Return the artifacts of a kind, those that a run's manifest names, or all, the newest last. Raises
-    ForgetlessError where there is neither such a kind nor such a run."""
-    reached = _read_reached(store)
-    if name is None:
-        places = ["artifacts"]
-    elif name in store.list_folders("artifacts"):
-        places = [f"artifacts/{name}"]
-    elif name == "latest" or name in run_ids(store):
-        run = read_manifest(store, name).run_id
-        places = [f"artifacts/{artifact}" for artifact, runs in sorted(reached.items()) if run in runs]
-    else:
-        kinds = ", ".join(store.list_folders("artifacts")) or "none yet"
-        raise ForgetlessError(
-            f"{name!r} is neither a kind of artifact in {store.url} ({kinds}) nor a run. List the runs with: "
-            "forgetless runs"
-        )
-    found = _read_artifacts(file for place in places for file in store.list_files(place))
+    """Return the artifacts of a kind, those that a run reaches, or all, the newest last. Raises ForgetlessError where
+    there is neither such a kind nor such a run."""
+    found = _read_artifacts(store.list_files("artifacts"))
+    reached = _read_reached(store, found)
     for artifact in found:
         artifact.runs = reached.get(artifact.name, [])
+    kinds = sorted({artifact.kind for artifact in found})
+    if name in kinds:
+        found = [artifact for artifact in found if artifact.kind == name]
+    elif name is not None and (name == "latest" or name in run_ids(store)):
+        run = read_manifest(store, name).run_id
+        found = [artifact for artifact in found if run in artifact.runs]
+    elif name is not None:
+        raise ForgetlessError(
+            f"{name!r} is neither a kind of artifact in {store.url} ({', '.join(kinds) or 'none yet'}) nor a run. List "
+            "the runs with: forgetless runs"
+        )
     return sorted(found, key=lambda artifact: artifact.written)
 
 
 def measure_store(store: Store, settings: Settings) -> dict[str, Any]:
-    """Return bytes: of the artifacts by kind, of those that runs reach and that none does, of work in progress, and of
-    this machine's cache."""
+    """Return bytes: of the artifacts by kind, of those that runs reach and that none does, of the answers kept for
+    scoring, of work in progress, and of this machine's cache."""
     artifacts = list_artifacts(store)
     kinds: Counter[str] = Counter()
     for artifact in artifacts:
         kinds[artifact.kind] += artifact.size_bytes
     work = {entry: folder_bytes(entry) for entry in _work_folders(store)}
-    partial = sum(file.size for file in store.list_partial())
+    partial = sum(file.size for file in [*store.list_partial(), *store.list_files("leases")])
     return {
         "store": store.url,
         "kinds": dict(kinds.most_common()),
         "total": kinds.total(),
         "reached": sum(a.size_bytes for a in artifacts if a.runs),
         "unreached": sum(a.size_bytes for a in artifacts if not a.runs),
+        "responses": sum(file.size for file in store.list_files("responses")),
         "work": sum(work.values()) + partial,
         "cache": {
             "folder": str(settings.cache),
@@ -95,15 +96,14 @@ def measure_store(store: Store, settings: Settings) -> dict[str, Any]:
 def verify_artifacts(store: Store, run: str | None, say: Say) -> dict[str, Any]:
     """Return how many artifacts and bytes were read again and hashed, of a run or all, and a list of each file that is
     damaged, missing or additional. Folders without a marker are no artifacts."""
-    reached = _read_reached(store)
-    if run is not None:
-        run_id = read_manifest(store, run).run_id
-        wanted = sorted(artifact for artifact, runs in reached.items() if run_id in runs)
-        listed = {name: list(store.list_files(f"artifacts/{name}")) for name in wanted}
-    else:
-        listed = {name: [] for name in sorted(reached)}
-        for file in store.list_files("artifacts"):
-            listed.setdefault(_artifact_of(file), []).append(file)
+    files = list(store.list_files("artifacts"))
+    reached = _read_reached(store, _read_artifacts(files))
+    run_id = read_manifest(store, run).run_id if run is not None else None
+    listed: dict[str, list[StoredFile]] = {name: [] for name in sorted(reached)}
+    for file in files:
+        listed.setdefault(_artifact_of(file), []).append(file)
+    if run_id:
+        listed = {name: found for name, found in listed.items() if run_id in reached.get(name, [])}
     problems: list[dict[str, str]] = []
     jobs: list[tuple[str, str, str, str]] = []
     artifacts = total = 0
@@ -166,7 +166,11 @@ def collect_garbage(
     # Listed before the manifests are read: a run that begins to use an artifact meanwhile names it there.
     artifacts = _read_artifacts(store.list_files("artifacts"))
     partial = [file for file in store.list_partial() if file.written < young]
-    reached = _read_reached(store)
+    leases: dict[str, list[StoredFile]] = defaultdict(list)
+    for file in store.list_files("leases"):
+        leases[file.path.partition(".")[0]].append(file)
+    responses = list(store.list_files("responses"))
+    reached = _read_reached(store, artifacts)
     removed: list[dict[str, Any]] = []
 
     def note(what: str, path: str, size_bytes: int) -> None:
@@ -183,11 +187,24 @@ def collect_garbage(
         if not dry_run:
             store.delete_partial(file.path)
         note("never finished", file.path, file.size)
+    for file in responses:  # responses/<model>/<key of the scores they were for>/
+        if file.written < young and f"scores/{file.path.split('/')[2]}" not in reached:
+            if not dry_run:
+                store.delete_file(file.path)
+            note("no run reaches it", file.path, file.size)
+    for files in leases.values():
+        if max(file.written for file in files) < young:
+            for file in files:
+                if not dry_run:
+                    store.delete_file(file.path)
+                note("left by a process", file.path, file.size)
     for folder, written in _work_folders(store).items():
         if written < (FileStore(folder.parent).clock() if now is None else now) - DAY:
             size = folder_bytes(folder)
             try:
                 if not is_held(folder) if dry_run else remove_unheld(folder):
+                    if not dry_run:  # a download's; nobody had it for a day
+                        folder.with_suffix(".lock").unlink(missing_ok=True)
                     note("left by a process", str(folder), size)
             except FileNotFoundError:  # its process ended meanwhile
                 pass
@@ -198,7 +215,8 @@ def collect_garbage(
 
 def remove_from_store(store: Store, name: str) -> str:
     """Delete a run's record, or an artifact given as KIND/KEY, and return its path. What the run alone reached is
-    garbage then. Raises ConfigError for what the registry names, ForgetlessError where there is no such thing."""
+    garbage then. Raises ConfigError for what the registry names and for a run at work, ForgetlessError where there is
+    no such thing."""
     if "/" in name:
         path, (kind, _, key) = f"artifacts/{name}", name.partition("/")
         if kind not in store.list_folders("artifacts") or key not in store.list_folders(f"artifacts/{kind}"):
@@ -210,14 +228,20 @@ def remove_from_store(store: Store, name: str) -> str:
         named = _registered_runs(store).get(name)
         if named:
             raise ConfigError(f"Run {name} is in the registry ({named}), so it stays.")
+        if holder := Lease(store, run_stage(name)).holder():
+            raise ConfigError(
+                f"Run {name} is at work in process {holder['process']} on {holder['host']}. Let it finish, or end it "
+                f"there with Ctrl-C or `kill {holder['process']}`; then remove it."
+            )
     store.delete(path)
     return path
 
 
-def _read_reached(store: Store) -> dict[str, list[str]]:
-    """Return the runs that reach each artifact. Raises StoreError for a manifest that cannot be read, or is absent and
-    named by the registry."""
-    reached: dict[str, list[str]] = defaultdict(list)
+def _read_reached(store: Store, artifacts: list[Stored]) -> dict[str, list[str]]:
+    """Return the runs that reach each artifact: their manifest names it, or what they reach was made from it, such as
+    evaluation items, rows that the base answered, what training went on from, the scores of a served file.
+    Raises StoreError for a manifest that cannot be read, or is absent and named by the registry."""
+    named: dict[str, list[str]] = {}
     ids = run_ids(store)
     with ThreadPoolExecutor(READERS) as pool:
         manifests = dict(zip(ids, pool.map(lambda run: store.read_bytes(manifest_path(run)), ids), strict=True))
@@ -232,15 +256,43 @@ def _read_reached(store: Store) -> dict[str, list[str]]:
                 f"delete that run: forgetless store rm {run}"
             ) from None
         # From the text, not the parsed record: a newer version may name what this one does not know.
-        for kind, key in sorted(set(PLACE.findall(json.dumps(json.loads(data), ensure_ascii=False)))):
-            reached[f"{kind}/{key}"].append(run)
+        places = PLACE.findall(json.dumps(json.loads(data), ensure_ascii=False))
+        named[run] = sorted({f"{kind}/{key}" for kind, key in places})
     for run, path in _registered_runs(store).items():
         if manifests.get(run) is None:
             raise StoreError(
                 f"{store.url}/{path} names run {run}, which has no manifest. What it reaches is not known, so nothing "
                 "was done. Bring the manifest back, or delete that entry."
             )
+    made_from = _read_made_from(store, {a.name for a in artifacts if a.whole}.union(*named.values()))
+    reached: dict[str, list[str]] = defaultdict(list)
+    for run, coming in named.items():
+        seen: set[str] = set()
+        while coming:
+            name = coming.pop()
+            if name not in seen:
+                seen.add(name)
+                reached[name].append(run)
+                coming += made_from.get(name, [])
     return reached
+
+
+def _read_made_from(store: Store, names: set[str]) -> dict[str, list[str]]:
+    """Return of each artifact those that it was made from: its marker names them by key, content or a file's sha256."""
+    inputs: dict[str, list[str]] = {}
+    named_by: dict[str, list[str]] = defaultdict(list)
+    with ThreadPoolExecutor(READERS) as pool:
+        markers = pool.map(lambda name: store.read_bytes(f"artifacts/{name}/{MARKER}"), names)
+        for name, data in zip(names, markers, strict=True):
+            found = _read_marker(data)
+            if found is None:  # missing or damaged: `verify` says so
+                continue
+            ref, files, inputs[name] = found
+            digests = {ref.key, ref.content, *(facts["sha256"] for facts in files.values())}
+            # Training rows that are not searched for evaluation items do not name these, but the scores do their suite.
+            for digest in digests | set(inputs[name] if ref.kind == "items" else []):
+                named_by[digest].append(name)
+    return {name: [other for digest in used for other in named_by.get(digest, [])] for name, used in inputs.items()}
 
 
 def _registered_runs(store: Store) -> dict[str, str]:
@@ -263,7 +315,7 @@ def _registered_runs(store: Store) -> dict[str, str]:
     return found
 
 
-def _read_artifacts(files: Iterator[StoredFile]) -> list[Stored]:
+def _read_artifacts(files: Iterable[StoredFile]) -> list[Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         name = _artifact_of(file)
@@ -279,25 +331,27 @@ def _artifact_of(file: StoredFile) -> str:
     return "/".join(file.path.split("/")[1:3])
 
 
-def _read_marker(data: bytes | None) -> tuple[ArtifactRef, dict[str, Any]] | None:
-    """Return the artifact of a marker and the files that it names, or None where it is damaged."""
+def _read_marker(data: bytes | None) -> tuple[ArtifactRef, dict[str, Any], list[str]] | None:
+    """Return the artifact of a marker, the files that it names and the digests of what it was made from, or None where
+    it is damaged."""
     try:
         marker = json.loads(data or b"")
         files: dict[str, Any] = marker["files"]
         content = content_digest({name: facts["sha256"] for name, facts in files.items()})
         sizes = sum(facts["size"] for facts in files.values())
         artifact = ArtifactRef(**marker["artifact"], uri="")
-        return (artifact, files) if (artifact.content, artifact.size_bytes) == (content, sizes) else None
+        inputs: list[str] = marker.get("made_from", {}).get("inputs", [])
+        return (artifact, files, inputs) if (artifact.content, artifact.size_bytes) == (content, sizes) else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _work_folders(store: Store) -> dict[Path, float]:
-    """Return what processes of this machine work in, and checkpoints of unfinished trainings, each with the time of its
-    newest file. Trackers' files, which are there too, are for their user."""
+    """Return what processes of this machine work in, checkpoints of unfinished trainings and downloads that broke off,
+    each with the time of its newest file. Trackers' files, which are there too, are for their user."""
     work = store.kept_folder("trackers").parent
     found: dict[Path, float] = {}
-    for folder in (*work.glob("tmp*"), *work.glob("training-*")):
+    for folder in (*work.glob("tmp*"), *work.glob("training-*"), *work.glob("download-*")):
         times = [os.stat(place).st_mtime for place, _, _ in os.walk(folder)]
         times += [file.written for file in FileStore(folder).list_files("")]
         if times:

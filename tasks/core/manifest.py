@@ -128,6 +128,11 @@ def manifest_path(run_id: str) -> str:
     return f"runs/{run_id}/manifest.json"
 
 
+def run_stage(run_id: str) -> Stage:
+    """Return what a run at work holds the lease of, so that it is not deleted meanwhile."""
+    return Stage("run", 1, [run_id], {})
+
+
 def write_manifest(store: Store, manifest: RunManifest) -> None:
     store.write_bytes(manifest_path(manifest.run_id), canonical_json(manifest.model_dump(mode="json")))
 

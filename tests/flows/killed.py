@@ -1,9 +1,9 @@
 """A run's stages as functions in a process that kills itself: python -m tests.flows.killed RECIPE STORE POINT.
 
-A point is `{"writes": N}`, SIGKILL just before the process's Nth write into the store, or `{"seconds": S}`, which falls
-anywhere, inside writes of libraries too. Prints as JSON the stage it died in; with `{}` it runs to the end, and prints
-what it made, the digests, the number of writes (in all and before each stage) and the seconds since the libraries were
-loaded.
+STORE is a folder or s3://bucket/prefix. A point is `{"writes": N}`, SIGKILL just before the process's Nth write into it
+(in a bucket: request that writes), or `{"seconds": S}`, which falls anywhere, inside writes of libraries too. Prints as
+JSON the stage it died in; with `{}` it runs to the end, and prints what it made, the digests, the number of writes (in
+all and before each stage) and the seconds since the libraries were loaded.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 from tasks.core.config import Recipe, load_recipe
 from tasks.core.records import ArtifactRecord, TokensRef
+from tasks.core.settings import read_settings
 
 WRITES = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.truncate", "shutil.rmtree"}
 
@@ -71,8 +72,28 @@ def count_writes(root: Path, act: Callable[[int], None]) -> None:
     sys.addaudithook(hook)
 
 
+def count_requests(act: Callable[[int], None]) -> None:
+    """Call `act` with the number of each request to a bucket that writes, just before it is sent."""
+    from tasks.core.s3 import S3Store
+
+    seen, lock, create = 0, threading.Lock(), S3Store.__init__
+
+    def hook(request: Any, **_: Any) -> None:
+        nonlocal seen
+        if request.method not in ("GET", "HEAD"):
+            with lock:  # parts are sent by several threads
+                seen += 1
+                act(seen)
+
+    def create_counted(self: S3Store, *given: Any, **named: Any) -> None:
+        create(self, *given, **named)
+        self.client.meta.events.register("before-send.s3", hook)
+
+    S3Store.__init__ = create_counted  # type: ignore[method-assign]
+
+
 def main() -> None:
-    recipe, root, point = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    recipe, where, point = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     config = load_recipe(recipe, [], None)
     stage, writes, started = "", 0, time.monotonic()
     began: dict[str, int] = {}
@@ -92,10 +113,13 @@ def main() -> None:
         if seen == point.get("writes"):
             die()
 
-    count_writes(root, count)
+    if where.startswith("s3://"):
+        count_requests(count)
+    else:
+        count_writes(Path(where), count)
     if "seconds" in point:
         threading.Timer(point["seconds"], die).start()
-    records = run_stages(config, root.as_uri(), note)
+    records = run_stages(config, read_settings(where).store_url, note)
     result = {
         "seconds": time.monotonic() - started,
         "writes": writes,

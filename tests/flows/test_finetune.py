@@ -16,16 +16,24 @@ import yaml
 from flows.cli import main
 from flows.lineage import check_reproducible, compare_runs
 from flows.screen import show_reproduction
+from flows.store import DAY, collect_garbage, remove_from_store
 from tasks.core import registry
 from tasks.core.config import CombineConfig
 from tasks.core.digest import file_sha256
 from tasks.core.errors import ConfigError, ExportError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
+from tasks.core.progress import watch_progress
+from tasks.core.settings import read_settings
 from tasks.core.store import FileStore
 from tests.conftest import ROOT
 from tests.export.recorded_ollama import RecordedOllama
 
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "the sky": "blue", "blood": "red", "gold": "yellow"}
+
+
+def copy_of(store: FileStore, folder: Path) -> FileStore:
+    shutil.copytree(store.root, folder)
+    return FileStore(folder)
 
 
 def write_lines(path: Path, rows: list[dict]) -> str:
@@ -154,6 +162,33 @@ def test_a_run_does_every_stage_and_says_what_came_of_it(finished: FileStore) ->
     assert manifest.report.verdict in card
     assert (finished.local_folder(manifest.data_report.artifact) / "data_docs" / "index.html").is_file()
     assert not list((finished.root / "work").glob("tmp*")), "no half-made artifact is left behind"
+
+
+def test_gc_removes_nothing_that_the_run_made_and_rm_refuses_while_it_is_at_work(
+    finished: FileStore, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy_of(finished, tmp_path / "store")
+    before = {path for path in store.root.glob("artifacts/*/*")}
+    assert {"items", "base-gguf"} < {path.parent.name for path in before}
+    settings = read_settings(str(store.root))
+    collect_garbage(store, settings, lambda _: None, now=store.clock() + 3 * DAY)
+    assert {path for path in store.root.glob("artifacts/*/*")} == before
+    assert list(store.list_files("responses"))
+    refused: list[str] = []
+
+    def try_to_remove(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "merge" and not refused:
+            with pytest.raises(ConfigError) as error:
+                remove_from_store(store, run_ids(store)[-1])
+            refused.append(str(error.value))
+
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    with watch_progress(try_to_remove):
+        assert main(["run", str(recipe), "--store", str(store.root), "--json"]) == 0
+    assert f"at work in process {os.getpid()}" in refused[0]
+    again = {name: state.status for name, state in read_manifest(store, "latest").stages.items()}
+    assert {name for name, status in again.items() if status == "computed"} <= {"ollama", "publish"}
+    assert not list(store.list_files("leases"))
 
 
 def test_the_same_command_again_reuses_every_stage(

@@ -13,22 +13,24 @@ from typing import Any
 
 import pytest
 
+from flows.store import verify_artifacts
 from tasks.core.digest import file_sha256
 from tasks.core.errors import ForgetlessError
 from tasks.core.manifest import RunManifest, read_manifest, run_ids
+from tasks.core.s3 import S3Store
 from tasks.core.store import MARKER, FileStore
 from tests.conftest import ROOT
 from tests.flows.test_finetune import recipe  # noqa: F401 (a fixture)
 
-BY_WRITES, BY_TIME = 20, 12
+BY_WRITES, BY_TIME, BY_REQUESTS = 20, 12, 8
 THROUGH_THE_FLOW = ("dataset", "tokens", "before", "train", "after", "merge", "gguf", "publish")
 
 
-def run_stages(recipe_file: Path, root: Path, point: dict[str, float]) -> tuple[int, dict[str, Any]]:
+def run_stages(recipe_file: Path, store: Path | str, point: dict[str, float]) -> tuple[int, dict[str, Any]]:
     """Return how a process of tests.flows.killed ended, and what it said."""
     from prefect.settings import PREFECT_API_URL
 
-    command = [sys.executable, "-m", "tests.flows.killed", str(recipe_file), str(root), json.dumps(point)]
+    command = [sys.executable, "-m", "tests.flows.killed", str(recipe_file), str(store), json.dumps(point)]
     environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -79,6 +81,43 @@ def test_stages_killed_anywhere_end_with_the_same_bytes(
         shutil.rmtree(root)
     assert len(stages) >= len(points) - 2
     assert set(stages) >= {"dataset", "tokens", "before", "train", "after", "merge", "gguf"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_stages_killed_between_requests_to_a_bucket_end_with_the_same_bytes(
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+    prefect_server: None,
+    s3_endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"ENDPOINT_URL_S3": s3_endpoint, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "whole"))
+    S3Store("killed", "", tmp_path).client.create_bucket(Bucket="killed")
+    code, whole = run_stages(recipe, "s3://killed/whole", {})
+    assert code == 0
+    monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    store = S3Store("killed", "often", tmp_path / "cache")
+    stages, markers = [], {}
+    for number in range(BY_REQUESTS):  # one store: each process goes on where the one before was killed
+        code, said = run_stages(recipe, "s3://killed/often", {"writes": whole["writes"] // BY_REQUESTS - number % 3})
+        assert code == -signal.SIGKILL, said
+        stages.append(said["stage"])
+        found = {file.path: file for file in store.list_files("artifacts") if file.path.endswith(MARKER)}
+        print(f"| {number + 1} | {said['stage']} | {len(found) - len(markers)} more artifacts |", flush=True)
+        assert markers.items() <= found.items(), "a finished stage is not repeated"
+        markers = found
+    code, again = run_stages(recipe, "s3://killed/often", {})
+    assert code == 0
+    assert again["digests"] == whole["digests"]
+    assert not {f"artifacts/{name}/{MARKER}" for name in again["made"].values()} & markers.keys()
+    assert not verify_artifacts(store, None, lambda _: None)["problems"]
+    assert not list(store.list_files("leases"))
+    assert len(set(stages)) >= 5
+    print(f"| then | {', '.join(again['made'])} | digests equal |")
 
 
 @pytest.mark.slow

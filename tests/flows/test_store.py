@@ -16,13 +16,15 @@ import pytest
 from flows.cli import main
 from flows.store import DAY, collect_garbage, list_artifacts, verify_artifacts
 from tasks.core.config import load_recipe
+from tasks.core.digest import file_sha256
 from tasks.core.errors import StoreError
-from tasks.core.manifest import RunManifest, write_manifest
-from tasks.core.records import ArtifactRef, ModelRef
+from tasks.core.lease import hold_lease
+from tasks.core.manifest import RunManifest, run_stage, write_manifest
+from tasks.core.records import ArtifactRecord, ArtifactRef, ModelRef
 from tasks.core.s3 import S3Store
 from tasks.core.settings import Settings, read_settings
 from tasks.core.stages import Stage
-from tasks.core.store import FileStore, Store, open_store, stored
+from tasks.core.store import PROBE, FileStore, Store, open_store, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +73,16 @@ def put(store: Store, name: str, size: int = 100) -> ArtifactRef:
         return {"dtype": "float32"}
 
     return stored(store, Stage("merged", 1, [name], {}), ModelRef, make).artifact
+
+
+def put_from(store: Store, kind: str, name: str, *inputs: str) -> ArtifactRef:
+    """Return an artifact of a kind that was made from `inputs`."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "file").write_text(f"{kind} {name}")
+        return {}
+
+    return stored(store, Stage(kind, 1, list(inputs), {"name": name}), ArtifactRecord, make).artifact
 
 
 def put_run(store: Store, run_id: str, merged: ArtifactRef, card: ArtifactRef | None = None) -> None:
@@ -211,6 +223,64 @@ def test_gc_removes_what_is_old_and_no_run_reaches(place: Place, capsys: pytest.
     assert main(["store", "rm", "demo-20260101-000000-002"]) == 0
     assert place.gc(now) == {path_of(shared): "no run reaches it"}
     assert output(capsys, "store", "gc")[1]["removed"] == [], "by the store's own clock nothing is old"
+
+
+def test_what_a_kept_run_was_made_from_stays(place: Place) -> None:
+    """Replay, evaluation items (named by key or by their suite), what training went on from, the base as a file (named
+    by its sha256) and the scores of served files are in no manifest."""
+    store = place.store
+    base, suite = put_from(store, "base", "base"), "the digest of a suite"
+    items, replay = put_from(store, "items", "items", suite), put_from(store, "replay", "replay", base.content)
+    other_items = put_from(store, "items", "of another suite", "another digest")
+    start, plain = put_from(store, "start", "start"), put_from(store, "base-gguf", "base-gguf", base.content)
+    sha256 = file_sha256(store.local_folder(plain) / "file")
+    file_scores = put_from(store, "scores", "served", sha256, base.content, suite)
+    served = put_from(store, "comparison", "served", file_scores.content)
+    adapter = put_from(store, "adapter", "adapter", base.content, start.content, replay.content)
+    curve = put_from(store, "shipping", "curve", file_scores.content)
+    asked = put_from(store, "scores", "of eval", base.content, suite)
+    for scores in (file_scores, asked):
+        store.write_bytes(f"responses/a-model/{scores.key}/responses.json", b"{}")
+    run = "demo-20260101-000000-001"
+    put_run(store, run, put_from(store, "merged", "merged", adapter.content, served.content))
+    far = store.clock() + 3 * DAY
+    lost = {path_of(a) for a in (other_items, curve, asked)} | {f"responses/a-model/{asked.key}/responses.json"}
+    assert place.gc(far, dry_run=True).keys() == lost
+    assert place.gc(far) == dict.fromkeys(lost, "no run reaches it")
+    reached = {a.name for a in list_artifacts(store, run)}
+    assert {f"{a.kind}/{a.key}" for a in (items, replay, start, plain, file_scores, base, adapter)} < reached
+    store.delete(f"runs/{run}")
+    assert len(place.gc(far)) == 10, "nine artifacts and the answers"
+    assert {file.path for file in store.list_files("")} <= {PROBE}
+
+
+def test_leases_of_killed_processes_and_broken_downloads_go(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("merged/old.1", "merged/old.1.beat", "merged/long.1"):
+        place.store.write_bytes(f"leases/{name}", b"{}")
+    now = place.a_day_passes()
+    place.store.write_bytes("leases/merged/long.1.beat", b"{}")
+    place.store.write_bytes("responses/a-model/key/responses.json", b"x" * 1000)
+    broken = place.store.kept_folder("download-abc")
+    broken.mkdir(parents=True)
+    (broken / "model.bin").write_bytes(b"x" * 500)
+    broken.with_suffix(".lock").touch()
+    _, usage = output(capsys, "store", "du")
+    assert (usage["responses"], usage["work"]) == (1000, 508)
+    for path in (broken / "model.bin", broken):
+        os.utime(path, (now - 2 * DAY, now - 2 * DAY))
+    expected = {f"leases/merged/{name}": "left by a process" for name in ("old.1", "old.1.beat")}
+    assert place.gc(now) == {**expected, str(broken): "left by a process"}
+    assert len(list(place.store.list_files("leases"))) == 2, "whose holder is at work for more than a day"
+    assert not broken.with_suffix(".lock").exists()
+
+
+def test_a_run_at_work_is_not_deleted(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = "demo-20260101-000000-001"
+    put_run(place.store, run, put(place.store, "kept"))
+    with hold_lease(place.store, run_stage(run)):
+        assert main(["store", "rm", run]) == 2
+        assert f"is at work in process {os.getpid()} on {os.uname().nodename}. Let it" in capsys.readouterr().err
+    assert main(["store", "rm", run]) == 0, "its manifest says running, but nobody is at it"
 
 
 def test_gc_keeps_what_the_registry_names(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
