@@ -35,6 +35,8 @@ def error_code(error: BaseException) -> tuple[int | None, str]:
 def is_passing(error: BaseException) -> bool:
     """Return whether the same request may well succeed a little later."""
     status, code = error_code(error)
+    if code and code == str(status) and not str(getattr(error, "operation_name", "")).startswith("Head"):
+        return True  # its words were cut off, so that a missing object could be a missing bucket
     if status is not None:
         return status in (408, 429) or (status >= 500 and status != 501) or code in PASSING_CODES
     if is_unknown_host(error):

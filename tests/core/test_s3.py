@@ -77,6 +77,20 @@ def test_a_fifth_of_the_requests_may_fail(proxy: FaultyS3, tmp_path: Path) -> No
     assert proxy.injected.total() >= 5
 
 
+def test_an_answer_that_was_cut_off_does_not_count(proxy: FaultyS3, tmp_path: Path) -> None:
+    """Half of `NoSuchKey` is no word at all, and no missing bucket."""
+    store, asked = S3Store("bucket", "p", tmp_path), []
+
+    def cut_once(**_: Any) -> None:
+        asked.append(1)
+        proxy.share = 1.0 if len(asked) == 1 else 0.0
+
+    proxy.faults = ("truncated",)
+    store.client.meta.events.register("before-send.s3", cut_once)
+    assert store.read_bytes("nothing") is None
+    assert (len(asked), proxy.injected["truncated"]) == (2, 1)
+
+
 def test_wrong_bytes_in_every_download_are_an_error_and_not_kept(proxy: FaultyS3, tmp_path: Path) -> None:
     store = S3Store("bucket", "p", tmp_path)
     ref = stored(store, STAGE, ModelRef, make).artifact
