@@ -7,7 +7,8 @@ so the examples of a task are computed once too, and the layers are this project
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from tasks.core.errors import ConfigError
 from tasks.evaluation.decode import generate
-from tasks.evaluation.tree import KeysAndValues, Text, TokenTree, TreePlan, make_rows, split_evenly
+from tasks.evaluation.responses import Begun, is_finite
+from tasks.evaluation.tree import KeysAndValues, Text, TokenTree, TreePlan, find_needed, make_rows, split_evenly
 from tasks.models.cpu_layers import CpuLayers
 from tasks.models.parallel import map_parallel
 from tasks.models.products import Product, frozen_head
@@ -83,6 +85,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self.on_progress = on_progress
         self.unfinished: set[str] | None = set()
         """Prompts whose answer ended by its length; None where that is not known."""
+        self.begun = Begun()
+        self._batches = 0
         self._lock = threading.Lock()
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -122,27 +126,45 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             texts.append(Text(i, tokens, len(tokens) - len(continuation)))
         texts.sort(key=lambda text: text.tokens)
         results: list[Result] = [(0.0, False)] * len(requests)
+        for i, (nats, greedy) in self.begun.known.items():
+            results[i] = nats, greedy
         done = 0
         ended = threading.Event()
 
         def score(part: Sequence[Text]) -> None:
             nonlocal done
             past: KeysAndValues = {}
-            for row in make_rows(part, self.row_tokens, goes_on=self.plans):
+            rows = make_rows(part, self.row_tokens, goes_on=self.plans)
+            for row, is_needed in zip(rows, self._needed_rows(part), strict=False):
                 if ended.is_set():
                     return
-                scored, past = self._score_row(row, past, requests)
+                scored: list[tuple[int, Result]] = []
+                if is_needed:
+                    scored, past = self._score_row(row, past, requests)
+                else:
+                    kept = {layer: tuple(x[:, : row.keep].contiguous() for x in both) for layer, both in past.items()}
+                    past = kept if row.keep else {}  # type: ignore[assignment]
                 with self._lock:
                     for i, result in scored:
                         results[i] = result
                         if requests[i][0] is not None:
                             self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
-                    done += len(scored)
+                    if all(is_finite(result) for _, result in scored):
+                        self.begun.keep(dict(scored))
+                    done += len(row.paths)
                     self.on_progress(done, len(requests))
 
         for _ in map_parallel(score, split_evenly(texts, self.lanes), ended):
             pass
         return results
+
+    def _needed_rows(self, part: Sequence[Text]) -> Iterable[bool]:
+        """Return of each row whether it is computed: all but what an earlier process scored."""
+        known = self.begun.known
+        if not known:
+            return repeat(True)
+        rows = make_rows(part, self.row_tokens, goes_on=self.plans)
+        return find_needed((row.base, all(text.index in known for text, _ in row.paths)) for row in rows)
 
     @torch.inference_mode()
     def _score_row(
@@ -209,12 +231,25 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
         if not self.plans:
-            self.unfinished = None
+            self.unfinished, self._batches = None, 0
             written: list[str] = super().generate_until(requests, disable_tqdm=True)
             return written
         results = [""] * len(requests)
         done = 0
         ended = threading.Event()
+
+        def take(answers: list[tuple[Text, str, bool]]) -> None:
+            """Note texts' answers, and whether each was ended by its length."""
+            nonlocal done
+            with self._lock:
+                for text, answer, is_cut in answers:
+                    if self.unfinished is not None and is_cut:
+                        self.unfinished.add(requests[text.index].args[0])
+                    results[text.index] = answer
+                    self.cache_hook.add_partial("generate_until", requests[text.index].args, answer)
+                done += len(answers)
+                self.on_progress(done, len(requests))
+
         for group in groups.values():
             options = normalize_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks)
             eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -239,30 +274,43 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             def write(
                 part: Sequence[Text], most: int = most, stops: list[str] = stops, penalty: float = penalty
             ) -> None:
-                nonlocal done
-
                 def is_done(tokens: list[int]) -> bool:
                     over = ended.is_set() or tokens[-1] in self._ends
                     return over or any(stop in self.tok_decode(tokens) for stop in stops)
 
+                known = [self.begun.known.get(text.index) for text in part]
+                if None not in known:
+                    take([(text, *answer) for text, answer in zip(part, known, strict=True) if answer])
+                    return
                 assert self.head is not None
                 written = generate(
                     self.model.get_decoder(), self.head, [text.tokens for text in part], most, is_done, penalty
                 )
                 if ended.is_set():
                     return
+                answers = []
+                for text, tokens in zip(part, written, strict=True):
+                    answer = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+                    answers.append((text, answer, len(tokens) >= most and not is_done(tokens)))
+                take(answers)
                 with self._lock:
-                    for text, tokens in zip(part, written, strict=True):
-                        if self.unfinished is not None and len(tokens) >= most and not is_done(tokens):
-                            self.unfinished.add(requests[text.index].args[0])
-                        results[text.index] = postprocess_generated_text(self.tok_decode(tokens), stops, None)
-                        self.cache_hook.add_partial("generate_until", requests[text.index].args, results[text.index])
-                    done += len(part)
-                    self.on_progress(done, len(requests))
+                    self.begun.keep({text.index: [answer, is_cut] for text, answer, is_cut in answers})
 
             for _ in map_parallel(write, parts, ended):
                 pass
         return results
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        """Return the contexts of a batch with what the library's own generation adds to them, or what it added in an
+        earlier process."""
+        number = self._batches
+        self._batches += 1
+        known = self.begun.known.get(number)
+        if known is not None:
+            return torch.cat([context, torch.tensor(known, dtype=context.dtype, device=context.device)], 1)
+        found: torch.Tensor = super()._model_generate(context, max_length, stop, **options)
+        self.begun.keep({number: found[:, context.shape[1] :].tolist()})
+        return found
 
     @property
     def _ends(self) -> set[int]:

@@ -4,7 +4,7 @@ A row is a tree that goes through the model at once. It can go on from the row b
 row's last text, whose keys and values were kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -110,6 +110,16 @@ def split_evenly(texts: Sequence[Text], parts: int) -> list[Sequence[Text]]:
             edges.append(i)
         done += cost
     return [part for a, b in pairwise([*edges, len(texts)]) if (part := texts[a:b])]
+
+
+def find_needed(rows: Iterable[tuple[int, bool]]) -> list[bool]:
+    """Return which rows of a chain are computed. A row is given as how many first tokens it goes on from, and whether
+    its results are known; one that is known is needed where it computed what an unknown one goes on from."""
+    found, kept = [], 0
+    for base, is_known in reversed(list(rows)):
+        found.append(not is_known or kept > base)
+        kept = base if found[-1] else kept
+    return found[::-1]
 
 
 class TreePlan:

@@ -69,12 +69,10 @@ class LlamaReader:
     def read(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the logits, (vocabulary,), at each place from `first` on: views that the next pass overwrites."""
         asked = first
-        kept = min(common_start(self.past, tokens), len(tokens))
-        if first < kept:  # what is read must be computed again, unless it is where the text before began
-            if self.branch and self.branch[0] == first:
-                yield self.branch
-                first += 1
-            kept = min(kept, first)
+        kept, branches = find_kept(self.past, self.branch[0] if self.branch else None, tokens, first)
+        if branches and self.branch:
+            yield self.branch
+            first += 1
         llama_cpp.llama_memory_seq_rm(self.memory, 0, kept, -1)
         self.past = list(tokens[:kept])
         for start in range(kept, len(tokens), BATCH):
@@ -94,6 +92,28 @@ class LlamaReader:
                     self.branch = asked, logits.copy()
                 yield start + i, logits
 
+    def skip(self, tokens: Sequence[int], first: int) -> None:
+        """Go past a text as if it had been read, where nothing that it would compute is needed after it."""
+        kept, branches = find_kept(self.past, self.branch[0] if self.branch else None, tokens, first)
+        llama_cpp.llama_memory_seq_rm(self.memory, 0, kept, -1)
+        self.past = list(tokens)
+        if not branches:
+            self.branch = first, np.empty(0, np.float32)
+
+    def forget(self) -> None:
+        """Compute the next text whole."""
+        self.past, self.branch = [], None
+
     def ends(self, token: int) -> bool:
         """Return whether generation stops at a token."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocabulary, token))
+
+
+def find_kept(past: Sequence[int], branch: int | None, tokens: Sequence[int], first: int) -> tuple[int, bool]:
+    """Return how many first tokens of a text, read from `first` on, are not computed again after the text `past`, and
+    whether the logits at `first` are those where `past` branched."""
+    kept = common_start(past, tokens)
+    if first >= kept:
+        return kept, False
+    # What is read must be computed again, unless it is where the text before began.
+    return (min(kept, first + 1), True) if branch == first else (first, False)
