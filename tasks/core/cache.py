@@ -28,6 +28,23 @@ def held_folder(parent: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Make a folder if need be and yield whether this process has it to itself within: not where another holds it, or
+    the disk knows no locks. It stays. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())  # not removed just now
+    except OSError:
+        mine = False
+    try:
+        yield mine
+    finally:
+        os.close(handle)
+
+
 def hold(folder: Path) -> bool:
     """Hold a folder until this process ends, and note that it was used now; return False where there is none."""
     try:

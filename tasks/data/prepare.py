@@ -9,6 +9,7 @@ seed. Which split a row falls into depends on its first question alone.
 import bisect
 import contextlib
 import functools
+import itertools
 import json
 import os
 import tempfile
@@ -21,12 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.core.cache import locked_folder
 from tasks.core.config import DataConfig
+from tasks.core.digest import sha256
 from tasks.core.processes import map_processes
 from tasks.data.duplicates import BANDS, SKETCH_BYTES, find_duplicates, find_near_duplicates
 from tasks.data.formats import Rejected, excerpt
 from tasks.data.leakage import ItemIndex
-from tasks.data.shards import CleanShard, Origin, clean_shard, cut_shards, rejected_line, write_shard
+from tasks.data.shards import (
+    CleanShard,
+    Origin,
+    clean_shard,
+    cut_shards,
+    get_shard,
+    put_shard,
+    rejected_line,
+    write_shard,
+)
 from tasks.data.sources import read_files, source_name
 
 SPLITS = ("train", "validation")
@@ -53,15 +65,19 @@ def prepare_dataset(
     items: ItemIndex | None = None,
     on_progress: OnProgress = lambda _: None,
     run_shards: RunShards = clean_here,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
-    """Write train.jsonl, validation.jsonl and quarantine.jsonl into `folder`, and return a DatasetRef's fields.
+    """Write train.jsonl, validation.jsonl and quarantine.jsonl into `folder`, and return a DatasetRef's fields. Shards
+    that are cleaned stay in the folder `kept`, from which the same preparation goes on; who is done removes it.
 
     Of two kept rows or more, each split gets at least one. Raises DataError."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="shards-") as scratch:
-        table = _Table(Path(scratch))
-        for shard, origin, is_replay in _cleaned_shards(config, items, run_shards):
-            table.add(shard, origin, is_replay)
+    with contextlib.ExitStack() as stack:
+        if kept is None or not stack.enter_context(locked_folder(kept)):  # another process is at it
+            kept = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix="shards-")))
+        table = _Table(kept)
+        for path, shard, origin, is_replay in _cleaned_shards(config, items, run_shards, kept):
+            table.add(path, shard, origin, is_replay)
             on_progress(table.read)
         repeats = table.drop_repeats(config)
         held_out = split_questions(table.questions, table.kept & ~table.replay, config.validation_share)
@@ -78,10 +94,23 @@ def prepare_dataset(
     }
 
 
+@dataclass
+class _Cut:
+    """A shard that was cut: the file that it has when it is cleaned, what that is cleaned from, whether it is there."""
+
+    path: Path
+    job: str
+    origin: Origin
+    is_replay: bool
+    is_there: bool
+
+
 def _cleaned_shards(
-    config: DataConfig, items: ItemIndex | None, run_shards: RunShards
-) -> Iterator[tuple[CleanShard, Origin, bool]]:
-    origins: deque[tuple[Origin, bool]] = deque()
+    config: DataConfig, items: ItemIndex | None, run_shards: RunShards, folder: Path
+) -> Iterator[tuple[Path, CleanShard, Origin, bool]]:
+    """Yield the shards in their order, each with its file in `folder`; those that are there are not cleaned again."""
+    cut: deque[_Cut] = deque()
+    numbers = itertools.count()
 
     def jobs() -> Iterator[Job]:
         replay = config.replay.sources if config.replay else []
@@ -89,11 +118,26 @@ def _cleaned_shards(
             for file in read_files(source):
                 origin = Origin(file.name, file.format, file.source)
                 for records in cut_shards(file):
-                    origins.append((origin, is_replay))
-                    yield write_shard(records), origin
+                    data, path = write_shard(records), folder / f"shard-{next(numbers)}"
+                    job = sha256(data)
+                    is_there = path.exists() and get_shard(path, job) is not None
+                    cut.append(_Cut(path, job, origin, is_replay, is_there))
+                    if not is_there:
+                        yield data, origin
+
+    def found() -> Iterator[tuple[Path, CleanShard, Origin, bool]]:
+        while cut and cut[0].is_there:
+            first = cut.popleft()
+            shard = get_shard(first.path, first.job)
+            assert shard is not None, "it was whole when it was cut"
+            yield first.path, shard, first.origin, first.is_replay
 
     for shard in run_shards(jobs(), config, items):
-        yield shard, *origins.popleft()
+        yield from found()
+        first = cut.popleft()
+        put_shard(first.path, shard, first.job)
+        yield first.path, shard, first.origin, first.is_replay
+    yield from found()
 
 
 def split_questions(questions: NDArray[np.uint64], kept: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
@@ -115,6 +159,8 @@ def split_questions(questions: NDArray[np.uint64], kept: NDArray[np.bool_], shar
 
 @dataclass
 class _Shard:
+    """`rows` is a file that begins with the shard's rows, `count` of them."""
+
     origin: Origin
     rows: Path
     rejected: bytes
@@ -126,7 +172,6 @@ class _Table:
     """All shards of a data set: their text on disk, a few numbers per row in memory."""
 
     def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
         self.shards: list[_Shard] = []
         self.read = 0
         self.quarantined: Counter[str] = Counter()
@@ -135,9 +180,7 @@ class _Table:
         self.keys = (scratch / "keys").open("w+b")
         self.sketches = (scratch / "sketches").open("w+b")
 
-    def add(self, shard: CleanShard, origin: Origin, is_replay: bool) -> None:
-        path = self.scratch / f"rows-{len(self.shards)}"
-        path.write_bytes(shard.rows)
+    def add(self, path: Path, shard: CleanShard, origin: Origin, is_replay: bool) -> None:
         first = self.shards[-1].first + self.shards[-1].count if self.shards else 0
         self.shards.append(_Shard(origin, path, shard.rejected, first, len(shard.lines)))
         self.read += shard.read
@@ -231,7 +274,7 @@ class _Table:
             for shard in self.shards:
                 quarantine.write(shard.rejected)
                 with shard.rows.open("rb") as lines:
-                    for row, line in enumerate(lines, shard.first):
+                    for row, line in enumerate(itertools.islice(lines, shard.count), shard.first):
                         if self.kept[row]:
                             split = int(held_out[row])
                             rows[SPLITS[split]] += 1

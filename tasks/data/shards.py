@@ -1,13 +1,17 @@
 """Shards: some thousand records at a time, cleaned on their own, so that every core (or a cluster) has one to do.
 
 A shard goes in and comes out as bytes; what has to be compared across shards leaves as small arrays beside the rows.
+A cleaned shard is a file with all of this, its rows first, so that who goes on after a process that was killed has it.
 """
 
+import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ from tasks.data.sources import SourceFile
 
 SHARD_ROWS = 8192
 SHARD_CHARS = 16 << 20
+DIGEST_BYTES = 32
 _JSON = json.JSONEncoder(ensure_ascii=False)  # made once: json.dumps would make one for each row
 HOPELESS = 10
 """Times data.max_chars: no cleaning makes so long a row fit, and of 100 MB it would take minutes and 5 GB."""
@@ -54,6 +59,9 @@ class CleanShard:
     quarantined: dict[str, int]
     repairs: dict[tuple[str, ...], NDArray[np.int64]]
     """Numbers of the rows that were mended, by all that was mended in them."""
+
+
+ARRAYS = ("lines", "digests", "questions", "keys", "sketches")
 
 
 def cut_shards(file: SourceFile) -> Iterator[list[tuple[int, Any]]]:
@@ -89,6 +97,58 @@ def read_shard(data: bytes) -> Iterator[tuple[int, Any]]:
     for packed in data.decode("utf-8", "surrogatepass").split("\n"):
         line, _, text = packed.partition(" ")
         yield int(line), BadRow(*json.loads(text)) if text.startswith(" ") else parse_record(JsonText(text))
+
+
+def put_shard(path: Path, shard: CleanShard, job: str) -> None:
+    """Write a cleaned shard, at once: its rows as they are, the rest, and a digest of all. `job` says what it was
+    cleaned from."""
+    facts = {
+        "job": job,
+        "read": shard.read,
+        "quarantined": shard.quarantined,
+    }
+    facts["repairs"] = [[list(steps), numbers.tolist()] for steps, numbers in shard.repairs.items()]
+    rest = io.BytesIO()
+    arrays = {name: getattr(shard, name) for name in ARRAYS}
+    arrays |= {"facts": _as_array(json.dumps(facts).encode()), "rejected": _as_array(shard.rejected)}
+    np.savez(rest, **arrays)
+    digest, partial_path = hashlib.sha256(), path.with_suffix(".part")
+    with partial_path.open("wb") as file:
+        for piece in (shard.rows, rest.getbuffer(), len(shard.rows).to_bytes(8, "big")):
+            file.write(piece)
+            digest.update(piece)
+        file.write(digest.digest())
+    partial_path.replace(path)
+
+
+def get_shard(path: Path, job: str) -> CleanShard | None:
+    """Return a cleaned shard that was written; None where there is none, it is damaged, or cleaned from another job."""
+    try:
+        data = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    end = len(data) - DIGEST_BYTES
+    if hashlib.sha256(data[: max(0, end)]).digest() != data[max(0, end) :]:
+        return None
+    size = int.from_bytes(data[end - 8 : end], "big")
+    with np.load(io.BytesIO(data[size : end - 8]), allow_pickle=False) as found:
+        arrays = {name: found[name] for name in ARRAYS}
+        facts, rejected = json.loads(found["facts"].tobytes()), found["rejected"].tobytes()
+    if facts["job"] != job:
+        return None
+    repairs = {tuple(steps): np.array(numbers) for steps, numbers in facts["repairs"]}
+    return CleanShard(
+        rows=bytes(data[:size]),
+        rejected=rejected,
+        read=facts["read"],
+        quarantined=facts["quarantined"],
+        repairs=repairs,
+        **arrays,
+    )
+
+
+def _as_array(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8)
 
 
 def clean_shard(data: bytes, origin: Origin, config: DataConfig, items: ItemIndex | None) -> CleanShard:

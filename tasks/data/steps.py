@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.artifacts import create_link_artifact
 
+from tasks.core.cache import remove_unheld
 from tasks.core.config import DataConfig, ModelConfig, ReplayConfig
 from tasks.core.errors import DataError
 from tasks.core.hardware import device_class
@@ -32,17 +33,23 @@ def store_dataset(
 ) -> DatasetRef:
     """As fetch_dataset; `run_shards` cleans the shards elsewhere than in processes of this machine."""
     store = open_store(read_settings(store_url))
+    stage = dataset_stage_of(data, items)
+    kept = store.kept_folder(f"dataset-{stage.key}")
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.data.leakage import read_items
         from tasks.data.prepare import clean_here, prepare_dataset
 
         index = read_items(store.local_folder(items.artifact)) if data.leakage == "quarantine" else None
-        return prepare_dataset(
-            data, folder, index, lambda done: report_progress("dataset", done, 0), run_shards or clean_here
-        )
 
-    return stored(store, dataset_stage_of(data, items), DatasetRef, make)
+        def say(done: int) -> None:
+            report_progress("dataset", done, 0)
+
+        return prepare_dataset(data, folder, index, say, run_shards or clean_here, kept)
+
+    dataset = stored(store, stage, DatasetRef, make)
+    remove_unheld(kept)
+    return dataset
 
 
 def dataset_stage_of(data: DataConfig, items: ItemsRef) -> Stage:

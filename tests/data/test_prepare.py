@@ -1,7 +1,11 @@
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tasks.core.cache import locked_folder
 from tasks.core.config import DataConfig
 from tasks.core.digest import file_sha256
 from tasks.core.errors import DataError
 from tasks.core.records import ArtifactRef, DatasetRef
-from tasks.data.prepare import prepare_dataset, split_questions
-from tasks.data.shards import question_number
+from tasks.core.store import FileStore
+from tasks.data.leakage import ItemIndex
+from tasks.data.prepare import Job, prepare_dataset, split_questions
+from tasks.data.shards import CleanShard, clean_shard, question_number
 from tasks.data.sources import source_digests
+from tests.conftest import ROOT
 
 WriteRows = Callable[..., Path]
 FILES = ("train.jsonl", "validation.jsonl", "quarantine.jsonl")
@@ -189,6 +197,111 @@ def test_progress_is_told_with_every_shard(
     assert prepare_dataset(config, tmp_path / "one") == fields
     for file in FILES:  # by two processes or none, in three shards or one
         assert file_sha256(tmp_path / "one" / file) == file_sha256(tmp_path / "three" / file)
+
+
+class Cleaned:
+    """Cleans shards in this process, and counts them; the machine fails before number `end`."""
+
+    def __init__(self, end: int | None = None) -> None:
+        self.count, self.end = 0, end
+
+    def __call__(self, jobs: Iterator[Job], config: DataConfig, items: ItemIndex | None) -> Iterator[CleanShard]:
+        for job in jobs:
+            if self.count == self.end:
+                raise OSError("the machine fails")
+            self.count += 1
+            yield clean_shard(*job, config, items)
+
+
+def test_a_preparation_goes_on_with_the_shards_that_are_not_cleaned(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.data.shards.SHARD_ROWS", 100)
+    rows = [pair(f"q{i % 990}  {i % 7}", f"a{i}" if i % 9 else "") for i in range(1000)]
+    replay = {"share": 0.1, "sources": [str(write_rows([pair(f"r{i}") for i in range(150)], "r.jsonl"))]}
+    config = DataConfig(sources=[str(write_rows(rows))], replay=replay, fill={"NAME": "A"})
+    whole = prepare_dataset(config, tmp_path / "whole")
+    kept, seen = tmp_path / "kept", []
+    with pytest.raises(OSError, match="the machine fails"):
+        prepare_dataset(config, tmp_path / "one", run_shards=Cleaned(7), kept=kept)
+    (kept / "shard-2").write_bytes((kept / "shard-2").read_bytes()[:-100])
+    damaged = bytearray((kept / "shard-4").read_bytes())
+    damaged[50] ^= 1
+    (kept / "shard-4").write_bytes(damaged)
+    (kept / "shard-5").write_bytes(b"")
+    (kept / "shard-8.part").write_bytes(b"half")
+    again = Cleaned()
+    assert prepare_dataset(config, tmp_path / "two", run_shards=again, kept=kept, on_progress=seen.append) == whole
+    assert again.count == 12 - 4, "shards 0, 1, 3 and 6 were whole"
+    assert seen == [*range(100, 1101, 100), 1150]
+    for file in FILES:
+        assert file_sha256(tmp_path / "two" / file) == file_sha256(tmp_path / "whole" / file)
+    none = Cleaned()
+    assert prepare_dataset(config, tmp_path / "three", run_shards=none, kept=kept) == whole
+    assert none.count == 0
+    monkeypatch.setattr("tasks.data.shards.SHARD_ROWS", 150)
+    other = Cleaned()
+    assert prepare_dataset(config, tmp_path / "four", run_shards=other, kept=kept) == whole
+    assert other.count == 8, "cut otherwise, not one is the same"
+
+
+def test_two_preparations_do_not_share_a_folder(write_rows: WriteRows, tmp_path: Path) -> None:
+    config = DataConfig(sources=[str(write_rows([pair(f"q{i}") for i in range(50)]))])
+    with locked_folder(tmp_path / "kept") as mine:
+        assert mine
+        cleaned = Cleaned()
+        fields = prepare_dataset(config, tmp_path / "out", run_shards=cleaned, kept=tmp_path / "kept")
+    assert sum(fields["rows"].values()) == 50
+    assert list((tmp_path / "kept").iterdir()) == []
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(FILES)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tasks.core.config import DataConfig, EvalConfig
+from tasks.core.store import FileStore
+from tasks.data import prepare, shards, steps
+from tasks.evaluation.steps import list_evaluation_items
+
+rows, items, root, end = sys.argv[1:]
+shards.SHARD_ROWS = 100
+put, seen = prepare.put_shard, 0
+
+def put_shard(path, shard, job):
+    global seen
+    put(path, shard, job)
+    seen += 1
+    if seen == int(end):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+prepare.put_shard = put_shard
+store = FileStore(Path(root))
+task = {"name": "t", "texts": items}
+suite = EvalConfig(capabilities=[{"name": "c", "role": "target", "measure": "bits_per_byte", "tasks": [task]}])
+dataset = steps.store_dataset(DataConfig(sources=[rows]), list_evaluation_items.fn(suite, store.url), store.url)
+print(seen, dataset.artifact.content)
+"""
+
+
+def test_killed_between_shards_the_stage_goes_on(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = write_rows([pair(f"question {i}", f"answer {i * i}") for i in range(1000)])
+    items = write_rows([{"text": "Something else entirely, which no row holds."}], "items.jsonl")
+
+    def prepare(root: Path, end: int) -> tuple[int, list[str]]:
+        command = [sys.executable, "-c", KILLED, str(rows), str(items), str(root), str(end)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        return done.returncode, done.stdout.split()
+
+    code, whole = prepare(tmp_path / "whole", 0)
+    assert (code, whole[0]) == (0, "10")
+    store = FileStore(tmp_path / "store")
+    assert prepare(store.root, 6)[0] == -signal.SIGKILL
+    (kept,) = store.root.glob("work/dataset-*")
+    assert len(list(kept.glob("shard-*"))) == 6
+    assert prepare(store.root, 0) == (0, ["4", whole[1]])
+    assert not list(store.root.glob("work/dataset-*"))
 
 
 def test_source_digests_are_in_the_order_of_the_sources(write_rows: WriteRows) -> None:

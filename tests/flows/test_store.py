@@ -338,13 +338,16 @@ def test_what_killed_processes_left_goes_and_what_is_at_work_stays(place: Place)
         killed.wait()
         old, new = (place.store.kept_folder(f"training-{name}") for name in ("old", "new"))
         trackers = place.store.kept_folder("trackers")
-        for folder in (old, new, trackers):
+        shards = place.store.kept_folder("dataset-old")
+        for folder in (old, new, trackers, shards):
             (folder / "last").mkdir(parents=True)
             (folder / "last" / "state.json").write_text("{}")
         now = place.store.clock() + 10
-        for path in (*old.rglob("*"), old, *trackers.rglob("*"), trackers):
+        for path in (*old.rglob("*"), old, *shards.rglob("*"), shards, *trackers.rglob("*"), trackers):
             os.utime(path, (now - 2 * DAY, now - 2 * DAY))
-        assert place.gc(now) == {str(old): "left by a process"}, "the others are younger than a day"
+        assert place.gc(now) == dict.fromkeys((str(old), str(shards)), "left by a process"), (
+            "the others are younger than a day"
+        )
         for path in (Path(folders[0]) / "half", Path(folders[0]), Path(folders[1]) / "half", Path(folders[1])):
             os.utime(path, (now - 2 * DAY, now - 2 * DAY))
         assert place.gc(now, dry_run=True) == place.gc(now) == {folders[0]: "left by a process"}
