@@ -5,7 +5,8 @@ from typing import Annotated
 from prefect import flow, runtime
 from pydantic import Field
 
-from flows.finetune import Run, judge_and_ship
+from flows.dispatch import check_placement
+from flows.finetune import Run, judge_and_ship, resumed_run
 from flows.score_model import score_model
 from tasks.core.combination import read_combination
 from tasks.core.config import CombineConfig
@@ -38,7 +39,9 @@ def combine(
     place, url = open_store(settings), settings.store_url
     found = read_combination(place, combination, suites, name)
     recipe = found.recipe
-    run = Run(place, recipe, run_id or new_run_id(recipe.name), found.config)
+    check_placement(recipe.placement)
+    on = recipe.placement.score
+    run = Run(place, recipe, run_id or resumed_run(place) or new_run_id(recipe.name), found.config)
     with run.recorded() as manifest:
         manifest.base = base = run.stage("base", lambda: prepare_base(recipe.model, url))
         if base.artifact.content != found.base.artifact.content:
@@ -47,7 +50,7 @@ def combine(
                 "them again."
             )
         manifest.before = before = run.stage(
-            "before", lambda: score_model(recipe.model, recipe.eval, base, None, url, "before")
+            "before", lambda: score_model(recipe.model, recipe.eval, base, None, url, "before", on=on)
         )
         made = run.stage("combine", lambda: combine_adapters(recipe.model, found.config, base, found.parts, url))
         manifest.tokens, manifest.licences = found.tokens, found.licences

@@ -18,6 +18,9 @@ from prefect import flow, runtime
 from prefect.transactions import transaction
 from pydantic import Field
 
+from flows.dispatch import check_placement
+from flows.events import announce, announce_promoted
+from flows.package_model import package_model
 from flows.plan import base_licence
 from flows.prepare_data import prepare_data, tokenise_data
 from flows.score_model import score_model
@@ -33,12 +36,13 @@ from tasks.core.manifest import (
     find_start,
     new_run_id,
     run_stage,
+    read_manifest,
+    run_ids,
     shipped_part,
     write_manifest,
 )
 from tasks.core.progress import report_progress
 from tasks.core.records import (
-    QUANTISING,
     AdapterRef,
     ArtifactRecord,
     BaseRef,
@@ -46,6 +50,8 @@ from tasks.core.records import (
     FileRef,
     ForgettingReport,
     GgufRef,
+    ModelRef,
+    ProofRef,
     Record,
     ScoreSheet,
     TokensRef,
@@ -58,7 +64,6 @@ from tasks.data.steps import require_valid, validate_dataset
 from tasks.evaluation.steps import compare_scores, list_evaluation_items, score_file
 from tasks.export.register import require_proven
 from tasks.export.steps import (
-    choose_merge,
     convert_base,
     convert_to_gguf,
     merge_adapter,
@@ -68,11 +73,13 @@ from tasks.export.steps import (
     register_version,
 )
 from tasks.models.steps import prepare_base
+from tasks.reporting.cards import delta_table
 from tasks.reporting.steps import publish_run
 from tasks.training.trackers import check_trackers
 
 quiet_libraries()  # a worker imports this module, not the command line
 Result = TypeVar("Result", bound=Record)
+MOST_STARTS = 4
 LIBRARIES = ("forgetless", "torch", "transformers", "peft", "bitsandbytes", "lm-eval", "great-expectations", "prefect")
 
 
@@ -96,9 +103,11 @@ def finetune(
     settings = read_settings(store)
     config = load_recipe(recipe, overrides, data)
     place = open_store(settings)
-    run = Run(place, config, run_id or new_run_id(config.name))
+    run = Run(place, config, run_id or resumed_run(place) or new_run_id(config.name))
     url = settings.store_url
     check_trackers(config.train.report_to)
+    on = config.placement
+    check_placement(on)
     with run.recorded() as manifest:
         items = list_evaluation_items(config.eval, url)
         manifest.dataset = dataset = run.stage("dataset", lambda: prepare_data(config.data, items, url))
@@ -111,12 +120,13 @@ def finetune(
         require_valid(tokens)
         start = find_start(place, config.train, base, bring=True)
         manifest.before = before = run.stage(
-            "before", lambda: score_model(config.model, config.eval, base, start, url, "before")
+            "before", lambda: score_model(config.model, config.eval, base, start, url, "before", on=on.score)
         )
         if start:
             run.note("before", f"base and what it goes on from, {config.train.start_from}")
         trained = run.stage(
-            "train", lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id)
+            "train",
+            lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id, on.train),
         )
         judge_and_ship(run, base, tokens, before, shipped_part(trained, config.export), gate, url)
     return manifest
@@ -134,24 +144,22 @@ def judge_and_ship(
     """Score what a run made, compare it with what was before, and ship it unless the gate closes: every run's end.
     `tokens` are the rows that an export is proven on."""
     manifest, config = run.manifest, run.manifest.recipe
-    if adapter.method in QUANTISING:
-        manifest.merge_choice = choice = choose_merge(config.model, base, adapter, tokens, url)
-        adapter = adapter.model_copy(update={"onto": choice.onto})
-    manifest.adapter = adapter
+    manifest.adapter, on = adapter, config.placement
     manifest.after = after = run.stage(
-        "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after")
+        "after", lambda: score_model(config.model, config.eval, base, adapter, url, "after", tokens, on.score)
     )
+    if after.choice:
+        manifest.merge_choice = after.choice
+        manifest.adapter = adapter = adapter.model_copy(update={"onto": after.choice.onto})
     manifest.report = verdict = run.stage("compare", lambda: compare_scores(config.eval, before, after, url))
+    text = f"{manifest.run_id}: {verdict.verdict}. {verdict.reason}\n\n{delta_table(verdict.capabilities)}"
+    announce(f"run.{verdict.verdict}", f"run.{manifest.run_id}", run=manifest.run_id, text=text)
     if gate and verdict.verdict != "promote":
         run.skip("merge", "gguf", "proof", "ollama", why=f"the gate is closed: {verdict.verdict}")
     elif adapter.unmerged:
         run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
     else:
-        manifest.merged = merged = run.stage("merge", lambda: merge_adapter(config.model, base, adapter, url))
-        manifest.gguf = gguf = run.stage(
-            "gguf", lambda: convert_to_gguf(config.model, config.export, base, adapter, merged, tokens, url)
-        )
-        manifest.proof = proof = run.stage("proof", lambda: prove_gguf(gguf, merged, tokens, url))
+        merged, gguf, proof = package(run, base, adapter, tokens, url)
         require_proven(config.export, gguf, proof, run.store)
         if config.eval.on_gguf:
             manifest.served = run.stage("served", lambda: check_served(config, base, gguf, url))
@@ -171,6 +179,23 @@ def judge_and_ship(
             manifest.registry_version = enter_registry(manifest, url).number  # last: nothing after it could fail
 
 
+def package(
+    run: "Run", base: BaseRef, adapter: AdapterRef | CombinedRef, tokens: TokensRef, url: str
+) -> tuple[ModelRef, GgufRef, ProofRef]:
+    """Return the merged model, its GGUF files and their proof; a deployment makes all three at once."""
+    manifest, config = run.manifest, run.manifest.recipe
+    model, export, on = config.model, config.export, config.placement.package
+    placed = run.stage("merge", lambda: package_model(model, export, base, adapter, tokens, url, on)) if on else None
+    manifest.merged = merged = placed or run.stage("merge", lambda: merge_adapter(model, base, adapter, url))
+    manifest.gguf = gguf = run.stage(
+        "gguf", lambda: placed.gguf if placed else convert_to_gguf(model, export, base, adapter, merged, tokens, url)
+    )
+    manifest.proof = proof = run.stage(
+        "proof", lambda: placed.proof if placed else prove_gguf(gguf, merged, tokens, url)
+    )
+    return merged, gguf, proof
+
+
 def enter_registry(manifest: RunManifest, url: str) -> Version:
     """Return the version of a run's model in the registry, which the alias names from now on if its verdict allows."""
     assert manifest.gguf and manifest.judged
@@ -179,6 +204,7 @@ def enter_registry(manifest: RunManifest, url: str) -> Version:
     version = register_version(name, manifest.run_id, judged.verdict, sha256, manifest.ollama, url)
     if judged.verdict == "promote" and export.ollama_alias:
         moved = promote_version(name, export.ollama_alias, version, judged.reason, url)
+        announce_promoted(name, export.ollama_alias, manifest.run_id)
         if manifest.ollama and moved.alias:
             note = f"{manifest.ollama.note} {moved.note}".strip()
             manifest.ollama = manifest.ollama.model_copy(update={"alias": moved.alias, "note": note})
@@ -193,6 +219,23 @@ def check_served(config: Recipe, base: BaseRef, gguf: GgufRef, url: str) -> Forg
     plain = convert_base(config.model, base, url)
     before, after = (score_file(config.model, config.eval, base, file, url) for file in (plain, served))
     return compare_scores(config.eval, before, after, url)
+
+
+def resumed_run(store: Store) -> str | None:
+    """Return the name of the run that this flow run was before it crashed and was started again. Raises
+    ForgetlessError where that happened too often for it to be the machine's fault."""
+    starts = runtime.flow_run.run_count or 1
+    if starts == 1:
+        return None
+    if starts > MOST_STARTS:
+        raise ForgetlessError(
+            f"This run crashed {MOST_STARTS} times, so it is not started again. Its worker's log says why; what "
+            "finished is kept."
+        )
+    for run_id in reversed(run_ids(store)):
+        if read_manifest(store, run_id).flow_run_id == str(runtime.flow_run.id):
+            return run_id
+    return None
 
 
 class Run:

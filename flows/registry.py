@@ -1,5 +1,6 @@
 """Promotion, rollback and the registry for the command line: its answers as plain values, the same for --json."""
 
+import os
 from typing import Any
 
 from tasks.core import registry
@@ -61,7 +62,12 @@ def promote_run(store: Store, run_id: str, alias: str | None, force: str | None)
         why, forced = force, True
     else:
         why, forced = force or judged.reason, False
-    return _told(name, alias, *promote(store, name, alias, version_of(store, run), why, forced))
+    done = promote(store, name, alias, version_of(store, run), why, forced)
+    if os.environ.get("PREFECT_API_URL"):  # no server, no automation: nobody hears of it
+        from flows.events import announce_promoted
+
+        announce_promoted(name, alias, run.run_id)
+    return _told(name, alias, *done)
 
 
 def roll_back(store: Store, name: str, alias: str) -> dict[str, Any]:

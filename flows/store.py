@@ -347,9 +347,9 @@ def _read_marker(data: bytes | None) -> tuple[ArtifactRef, dict[str, Any], list[
 
 
 def _work_folders(store: Store) -> dict[Path, float]:
-    """Return what processes of this machine work in, checkpoints of unfinished trainings, shards of unfinished data sets
-    and downloads that broke off, each with the time of its newest file. Trackers' files, which are there too, are for
-    their user."""
+    """Return what processes of this machine work in, checkpoints of unfinished trainings, shards of unfinished data
+    sets and downloads that broke off, each with the time of its newest file. Trackers' files, which are there too, are
+    for their user."""
     work = store.kept_folder("trackers").parent
     found: dict[Path, float] = {}
     for folder in (

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A Prefect server, the cpu work pool, the deployments and a process worker on this machine. Ctrl-C ends them.
+# A Prefect server, the work pools, deployments and automations, and process workers on this machine. Ctrl-C ends them.
 set -eu
 cd "$(dirname "$0")/.."
 export FORGETLESS_HOME="$PWD"
@@ -19,7 +19,8 @@ except httpx.HTTPError: sys.exit(1)"; do
     sleep 1
 done
 echo "Prefect UI: ${PREFECT_API_URL%/api} (the server's log: $log)"
-prefect work-pool inspect cpu >/dev/null 2>&1 || prefect work-pool create cpu --type process
-prefect --no-prompt deploy --all
+python infra/bootstrap.py
 echo "Start a run with: PREFECT_API_URL=$PREFECT_API_URL prefect deployment run finetune/cpu"
+prefect worker start --pool memory &
+prefect worker start --pool gpu --limit 1 &
 prefect worker start --pool cpu

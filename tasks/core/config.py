@@ -549,8 +549,17 @@ class CombineConfig(Section):
         return (self.density or 0.5) if self.method.startswith(PRUNING) else None
 
 
+class PlacementConfig(Section):
+    """Where stages run: on a deployment (flow/name) of a Prefect server, or in the run's own process. It changes no
+    result."""
+
+    score: str | None = Field(None, description="Deployment that scores, such as score-model/gpu.")
+    train: str | None = Field(None, description="Deployment that trains, such as train-adapter/gpu.")
+    package: str | None = Field(None, description="Deployment that merges and converts, such as package-model/cpu.")
+
+
 class Recipe(Section):
-    """Everything that decides a run's result."""
+    """Everything that decides a run's result, and where its stages run."""
 
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80, description="Names runs and the exported model."
@@ -561,6 +570,7 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig
     export: ExportConfig = ExportConfig()
+    placement: PlacementConfig = PlacementConfig()
 
     @property
     def registry_name(self) -> str:

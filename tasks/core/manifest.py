@@ -108,8 +108,8 @@ class RunManifest(BaseModel):
     def settings(self) -> dict[str, Any]:
         """What decides the run's result: its recipe, with what it combines in the place of data and training."""
         if self.combine is None:
-            return self.recipe.model_dump(mode="json")
-        recipe = self.recipe.model_dump(mode="json", exclude={"data", "train"})
+            return self.recipe.model_dump(mode="json", exclude={"placement"})
+        recipe = self.recipe.model_dump(mode="json", exclude={"data", "train", "placement"})
         return {**recipe, "combine": self.combine.model_dump(mode="json")}
 
     @property

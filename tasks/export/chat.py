@@ -21,7 +21,7 @@ from tasks.core.manifest import RunManifest
 from tasks.core.settings import read_settings
 from tasks.core.stages import base_stage
 from tasks.core.store import Store
-from tasks.export.ollama import has_model, is_reachable, read_context, stream_chat
+from tasks.export.ollama import is_reachable, read_context, read_digest, stream_chat
 from tasks.export.register import model_name
 from tasks.models.base import locate_base, open_base, read_gguf_metadata
 from tasks.models.template import Message, render
@@ -241,7 +241,7 @@ class OllamaModel:
             raise ExportError(
                 f"No Ollama answers at {self.url}. Start it (ollama serve), or set OLLAMA_HOST to where it runs."
             )
-        if not has_model(self.url, name):
+        if not read_digest(self.url, name):
             raise ExportError(f"The Ollama at {self.url} has no model {name!r}. {remedy}")
         self.label = f"{name} (Ollama)"
         self.system: str | None = None

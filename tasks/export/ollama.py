@@ -335,10 +335,10 @@ def generate_once(base_url: str, name: str, prompt: str, max_tokens: int = 32) -
         return _generate(client, name, f"get an answer from {name!r}", prompt, max_tokens)
 
 
-def has_model(base_url: str, name: str) -> bool:
-    """Return whether the Ollama at `base_url` has a model `name`. Raises ExportError."""
+def read_digest(base_url: str, name: str) -> str | None:
+    """Return the digest of the model `name` in the Ollama at `base_url`, None where it has none. Raises ExportError."""
     with _connect(base_url) as client:
-        return _full_name(name) in _read_digests(client)
+        return _read_digests(client).get(_full_name(name))
 
 
 def read_context(base_url: str, name: str) -> int | None:

@@ -18,10 +18,10 @@ from tasks.core.store import Store
 from tasks.export.ollama import (
     check_name,
     delete_model,
-    has_model,
     is_reachable,
     move_alias,
     push_model,
+    read_digest,
     register_model,
     shown_url,
 )
@@ -201,7 +201,7 @@ def follow(store: Store, name: str, alias: str) -> InOllama:
                     "serve), or set OLLAMA_HOST, then do it again."
                 )
             done = InOllama(None, f"No Ollama answers at {shown_url(url)}, so no name was moved there.")
-        elif has_model(url, model):
+        elif read_digest(url, model):
             done = InOllama(tag, move_alias(url, model, tag))
         elif version.ollama:
             raise ExportError(
