@@ -1,9 +1,6 @@
 """Make one adapter of several runs' and prove what it gained and forgot: a run whose training is a combination."""
 
-from typing import Annotated
-
 from prefect import flow, runtime
-from pydantic import Field
 
 from flows.dispatch import check_placement
 from flows.finetune import Run, judge_and_ship, resumed_run
@@ -27,14 +24,23 @@ def _run_name() -> str:
 
 @flow(name="combine", flow_run_name=_run_name, persist_result=False, validate_parameters=True)
 def combine(
-    combination: Annotated[CombineConfig, Field(description="The runs, their weights, and how they become one.")],
-    suites: Annotated[list[str], Field(description="Suites to score on, in place of what the runs were.")] = [],  # noqa: B006
-    name: Annotated[str | None, Field(description="Names the run and the exported model.")] = None,
-    store: Annotated[str | None, Field(description="Folder or s3://bucket/prefix; the worker's own if empty.")] = None,
-    gate: Annotated[bool, Field(description="Stop before the merge unless the verdict is promote.")] = False,
-    run_id: Annotated[str | None, Field(description="The run's name; made from `name` and the time if empty.")] = None,
+    combination: CombineConfig,
+    suites: list[str] = [],  # noqa: B006
+    name: str | None = None,
+    gate: bool = False,
+    store: str | None = None,
+    run_id: str | None = None,
 ) -> RunManifest:
-    """Return the manifest of a run that combines others: the base's scores, theirs together, and what was decided."""
+    """Return the manifest of a run that combines others: the base's scores, theirs together, and what was decided.
+
+    Args:
+        combination: The runs, their weights, and how they become one.
+        suites: Suites to score on, in place of what the runs were.
+        name: Names the run and the exported model.
+        gate: Stop before the merge unless the verdict is promote.
+        store: Folder or s3://bucket/prefix; empty for the worker's own (FORGETLESS_STORE).
+        run_id: The run's name; made from `name` and the time if empty.
+    """
     settings = read_settings(store)
     place, url = open_store(settings), settings.store_url
     found = read_combination(place, combination, suites, name)

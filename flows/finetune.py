@@ -12,11 +12,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from prefect import flow, runtime
 from prefect.transactions import transaction
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from flows.dispatch import check_placement
 from flows.events import announce, announce_promoted
@@ -25,7 +25,7 @@ from flows.plan import base_licence
 from flows.prepare_data import prepare_data, tokenise_data
 from flows.score_model import score_model
 from flows.train_adapter import train_adapter
-from tasks.core.config import CombineConfig, Recipe, load_recipe
+from tasks.core.config import CombineConfig, PlacementConfig, Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
 from tasks.core.hardware import describe_machine
 from tasks.core.lease import hold_lease
@@ -88,23 +88,55 @@ def _run_name() -> str:
     return str(parameters.get("run_id") or f"finetune-{Path(str(parameters.get('recipe'))).stem}")
 
 
+class FormSettings(BaseModel):
+    """What is changed most often of a recipe; empty fields leave it as it is."""
+
+    method: Annotated[
+        Literal["lora", "qlora", "int8", "oft", "prefix", "prompt", "full"] | None, Field(title="Method")
+    ] = None
+    rank: Annotated[int | None, Field(ge=1, le=1024, title="Rank", description="Of the adapter's matrices.")] = None
+    alpha: Annotated[int | None, Field(ge=1, title="Alpha", description="The adapter counts alpha / rank.")] = None
+    learning_rate: Annotated[float | None, Field(ge=0, lt=1, title="Learning rate")] = None
+    epochs: Annotated[float | None, Field(gt=0, le=100, title="Epochs", description="Passes over the rows.")] = None
+    max_minutes: Annotated[
+        float | None, Field(gt=0, title="Time limit", description="Minutes of training, after which it ships.")
+    ] = None
+    seed: Annotated[int | None, Field(ge=0, title="Seed")] = None
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"train.{name}={value}" for name, value in self.model_dump(exclude_none=True).items()]
+
+
 @flow(name="finetune", flow_run_name=_run_name, persist_result=False, validate_parameters=True)
 def finetune(
-    recipe: Annotated[str, Field(description="A shipped recipe's name, or the path of a recipe file.")] = "quickstart",
-    overrides: Annotated[list[str], Field(description="section.key=value, such as train.rank=8.")] = [],  # noqa: B006
-    data: Annotated[str | None, Field(description="A file or Hub data set in place of the recipe's sources.")] = None,
-    store: Annotated[str | None, Field(description="Folder or s3://bucket/prefix; the worker's own if empty.")] = None,
-    gate: Annotated[bool, Field(description="Stop before the merge unless the verdict is promote.")] = False,
-    run_id: Annotated[
-        str | None, Field(description="The run's name; made from the recipe and the time if empty.")
-    ] = None,
+    recipe: str = "quickstart",
+    data: str | None = None,
+    settings: FormSettings = FormSettings(),  # noqa: B008
+    overrides: list[str] = [],  # noqa: B006
+    placement: PlacementConfig | None = None,
+    gate: bool = False,
+    store: str | None = None,
+    run_id: str | None = None,
 ) -> RunManifest:
-    """Return the manifest of the finished run: everything it made, measured and decided."""
-    settings = read_settings(store)
-    config = load_recipe(recipe, overrides, data)
-    place = open_store(settings)
+    """Return the manifest of the finished run: everything it made, measured and decided.
+
+    Args:
+        recipe: A shipped recipe's name, or the path of a recipe file on the worker.
+        data: A file, s3:// address or Hub data set in place of the recipe's sources.
+        settings: What is changed most often; empty fields leave the recipe's.
+        overrides: Other keys of the recipe as section.key=value, such as data.replay.share=0.1.
+        placement: Where stages run, in place of the recipe's placement.
+        gate: Stop before the merge unless the verdict is promote.
+        store: Folder or s3://bucket/prefix; empty for the worker's own (FORGETLESS_STORE).
+        run_id: The run's name; made from the recipe and the time if empty.
+    """
+    config = load_recipe(recipe, [*settings.overrides, *overrides], data)
+    if placement:
+        config = config.model_copy(update={"placement": placement})
+    url = read_settings(store).store_url
+    place = open_store(read_settings(store))
     run = Run(place, config, run_id or resumed_run(place) or new_run_id(config.name))
-    url = settings.store_url
     check_trackers(config.train.report_to)
     on = config.placement
     check_placement(on)

@@ -6,11 +6,10 @@ from memory is therefore left out: base and adapter go into a store of their own
 
 import shutil
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from pydantic import Field
 
 from flows.events import announce
 from flows.registry import ALIAS
@@ -30,13 +29,15 @@ quiet_libraries()
 
 
 @flow(name="regression", flow_run_name="regression-{name}", persist_result=False)
-def check_regression(
-    name: Annotated[str, Field(description="The model's name in the registry.")],
-    alias: Annotated[str, Field(description="The alias whose version is checked.")] = ALIAS,
-    store: Annotated[str | None, Field(description="Folder or s3://bucket/prefix; the worker's own if empty.")] = None,
-) -> ForgettingReport:
+def check_regression(name: str, alias: str = ALIAS, store: str | None = None) -> ForgettingReport:
     """Return how a promoted model's scores of now differ from those it was promoted for. Raises ForgetlessError, after
-    forgetless.model.regressed was announced, where it forgot, or where its files or its name in Ollama changed."""
+    forgetless.model.regressed was announced, where it forgot, or where its files or its name in Ollama changed.
+
+    Args:
+        name: The model's name in the registry.
+        alias: The alias whose version is checked.
+        store: Folder or s3://bucket/prefix; empty for the worker's own (FORGETLESS_STORE).
+    """
     place = open_store(read_settings(store))
     move = registry.read_current(place, name, alias)
     if move is None or move.version is None:

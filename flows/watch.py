@@ -5,10 +5,8 @@ set or base, a changed file.
 """
 
 import json
-from typing import Annotated
 
 from prefect import flow
-from pydantic import Field
 
 from flows.events import announce
 from tasks.core.config import load_recipe
@@ -22,13 +20,15 @@ quiet_libraries()
 
 
 @flow(name="watch", flow_run_name="watch-{recipe}", persist_result=False)
-def watch(
-    recipe: Annotated[str, Field(description="A shipped recipe's name, or the path of a recipe file.")] = "quickstart",
-    overrides: Annotated[list[str], Field(description="section.key=value, such as train.rank=8.")] = [],  # noqa: B006
-    store: Annotated[str | None, Field(description="Folder or s3://bucket/prefix; the worker's own if empty.")] = None,
-) -> list[str]:
+def watch(recipe: str = "quickstart", overrides: list[str] = [], store: str | None = None) -> list[str]:  # noqa: B006
     """Return what changed since the last time, data and base: none the first time. Each change is announced as
-    forgetless.recipe.changed before it is remembered, so that none is lost."""
+    forgetless.recipe.changed before it is remembered, so that none is lost.
+
+    Args:
+        recipe: A shipped recipe's name, or the path of a recipe file on the worker.
+        overrides: Keys of the recipe as section.key=value, such as data.sources=s3://bucket/rows/.
+        store: Folder or s3://bucket/prefix; empty for the worker's own (FORGETLESS_STORE).
+    """
     place, config = open_store(read_settings(store)), load_recipe(recipe, overrides, None)
     now = {
         "data": sha256(canonical_json(source_digests(config.data))),

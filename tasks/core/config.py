@@ -550,8 +550,7 @@ class CombineConfig(Section):
 
 
 class PlacementConfig(Section):
-    """Where stages run: on a deployment (flow/name) of a Prefect server, or in the run's own process. It changes no
-    result."""
+    """Where stages run: on a deployment (flow/name) of a Prefect server, or where empty in the run's own process."""
 
     score: str | None = Field(None, description="Deployment that scores, such as score-model/gpu.")
     train: str | None = Field(None, description="Deployment that trains, such as train-adapter/gpu.")

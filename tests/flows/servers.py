@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tasks.core.manifest import RunManifest, read_manifest, run_ids
+from tasks.core.store import Store
 from tests.conftest import ROOT
 
 
@@ -97,3 +99,29 @@ def prefect_server(folder: Path, **environment: str) -> Iterator[Server]:
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def read_run(server: Server, flow_run: str) -> dict[str, Any]:
+    (found,) = server.ask("flow_runs/filter", flow_runs={"id": {"any_": [flow_run]}})
+    return found
+
+
+def wait(until: Callable[[], Any], seconds: float = 600) -> Any:
+    """Return the first true answer of `until`."""
+    deadline = time.monotonic() + seconds
+    while not (found := until()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return found
+
+
+def ended(server: Server, flow_run: str, state: str) -> dict[str, Any]:
+    final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    found = wait(lambda: (run := read_run(server, flow_run))["state_type"] in final and run)
+    assert found["state_type"] == state, found["state"]
+    return found
+
+
+def of_run(store: Store, flow_run: str) -> RunManifest:
+    manifests = (read_manifest(store, run_id) for run_id in run_ids(store))
+    return next(manifest for manifest in manifests if manifest.flow_run_id == flow_run)

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.core.manifest import RunManifest, read_manifest, run_ids
 from tasks.core.s3 import S3Store
-from tests.flows.servers import Server, prefect_server
+from tests.flows.servers import Server, ended, of_run, prefect_server, read_run, wait
 from tests.flows.test_finetune import recipe  # noqa: F401 - the tiny recipe is the fixture's
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -53,34 +51,8 @@ def start_run(server: Server, recipe_file: Path, *overrides: str) -> str:
     return next(word for line in shown.splitlines() if "UUID" in line for word in line.split() if word.count("-") == 4)
 
 
-def read_run(server: Server, flow_run: str) -> dict[str, Any]:
-    (found,) = server.ask("flow_runs/filter", flow_runs={"id": {"any_": [flow_run]}})
-    return found
-
-
 def children(server: Server, flow_run: str) -> list[dict[str, Any]]:
     return server.ask("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [flow_run]}}, sort="START_TIME_ASC")
-
-
-def wait(until: Callable[[], Any], seconds: float = 600) -> Any:
-    """Return the first true answer of `until`."""
-    deadline = time.monotonic() + seconds
-    while not (found := until()):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    return found
-
-
-def ended(server: Server, flow_run: str, state: str) -> dict[str, Any]:
-    final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    found = wait(lambda: (run := read_run(server, flow_run))["state_type"] in final and run)
-    assert found["state_type"] == state, found["state"]
-    return found
-
-
-def of_run(store: S3Store, flow_run: str) -> RunManifest:
-    manifests = (read_manifest(store, run_id) for run_id in run_ids(store))
-    return next(manifest for manifest in manifests if manifest.flow_run_id == flow_run)
 
 
 def test_a_run_places_its_stages_on_other_workers(team: tuple[Server, S3Store], recipe: Path) -> None:  # noqa: F811
