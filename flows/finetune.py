@@ -35,9 +35,9 @@ from tasks.core.manifest import (
     StageState,
     find_start,
     new_run_id,
-    run_stage,
     read_manifest,
     run_ids,
+    run_stage,
     shipped_part,
     write_manifest,
 )
