@@ -154,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     steps = add("steps", _curve, "Judge the steps of a run's training that were kept (train.snapshots).", output)
     steps.set_defaults(by="step")
     steps.add_argument("run", metavar="RUN", help="a run's name, or latest")
+    text = "Try settings of a recipe, and find the front of gain against forgetting."
+    _add_sweep_options(add("sweep", _sweep, text, recipe, output))
     chat = add("chat", _chat, "Chat in the terminal with what a run made, or with any model.", output)
     text = "a run's name, latest, a GGUF file, a model's folder, or ollama:NAME"
     chat.add_argument("model", metavar="MODEL", help=text)
@@ -233,6 +235,26 @@ def _add_combine_options(combine: argparse.ArgumentParser) -> None:
     combine.add_argument("--suite", metavar="SUITE", action="append", default=[], dest="suites", help=text)
     combine.add_argument("--name", metavar="NAME", help="names the run and the exported model")
     combine.add_argument("--gate", action="store_true", help="stop before the merge unless promoted; exit 4 or 5")
+
+
+def _add_sweep_options(sweep: argparse.ArgumentParser) -> None:
+    text = "try each of these values with all others: train.rank=4,8,16"
+    sweep.add_argument("--grid", metavar="a.b=c,d", action="append", default=[], help=text)
+    text = "draw from a range, whose logarithm is uniform with :log: train.learning_rate=1e-4:1e-2:log"
+    sweep.add_argument("--random", metavar="a.b=c:d", action="append", default=[], help=text)
+    text = "let Optuna choose among all these (TPE, for more gain and less forgetting)"
+    sweep.add_argument("--optuna", action="store_true", help=text)
+    text = "how many settings --random and --optuna try"
+    sweep.add_argument("--trials", metavar="N", type=int, help=text)
+    text = "trainings of each setting (default: 1; intervals then speak of seeds too)"
+    sweep.add_argument("--seeds", metavar="N", type=int, default=1, help=text)
+    sweep.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
+    text = "stop trainings whose validation loss is clearly above the median of the others'"
+    sweep.add_argument("--prune", action="store_true", help=text)
+    text = "also scale the best adapter so, as points of the front"
+    sweep.add_argument("--strengths", metavar="A,B", type=_strengths, default=[], help=text)
+    text = "trials at once; each needs the memory of a run (default: 1)"
+    sweep.add_argument("--concurrency", metavar="N", type=_between(int, 1, 64), default=1, help=text)
 
 
 def _add_data_commands(commands: Any, *parents: argparse.ArgumentParser) -> None:
@@ -576,6 +598,34 @@ def _curve(arguments: argparse.Namespace) -> int:
         print(curve.model_dump_json())
     else:
         show_curve(curve, arguments.by)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from flows.plan import plan_run
+    from flows.screen import show_sweep, show_trials
+    from tasks.core.config import load_search
+    from tasks.core.search import plan_search
+    from tasks.core.settings import read_settings
+    from tasks.core.store import check_writable, open_store
+
+    names = ("grid", "random", "optuna", "trials", "seeds", "seed", "prune", "strengths")
+    search = load_search({name: getattr(arguments, name) for name in names})
+    asked = {name: getattr(arguments, name) for name in ("recipe", "overrides", "data")}
+    found = plan_search(**asked, search=search)
+    settings = read_settings(arguments.store)
+    store = open_store(settings)
+    check_writable(store)
+    for note in plan_run(found.recipe, store)["notes"]:
+        print(f"forgetless: {note}", file=sys.stderr)
+    with show_trials(enabled=not arguments.json):
+        from flows.sweep import sweep
+
+        done = sweep(search, **asked, store=settings.store_url, concurrency=arguments.concurrency)
+    if arguments.json:
+        print(done.model_dump_json())
+    else:
+        show_sweep(done)
     return 0
 
 

@@ -118,6 +118,7 @@ def finetune(
     gate: bool = False,
     store: str | None = None,
     run_id: str | None = None,
+    sweep: str | None = None,
 ) -> RunManifest:
     """Return the manifest of the finished run: everything it made, measured and decided.
 
@@ -130,6 +131,7 @@ def finetune(
         gate: Stop before the merge unless the verdict is promote.
         store: Folder or s3://bucket/prefix; empty for the worker's own (FORGETLESS_STORE).
         run_id: The run's name; made from the recipe and the time if empty.
+        sweep: The sweep whose trial this is: it ends before the merge.
     """
     config = load_recipe(recipe, [*settings.overrides, *overrides], data)
     if placement:
@@ -137,6 +139,7 @@ def finetune(
     url = read_settings(store).store_url
     place = open_store(read_settings(store))
     run = Run(place, config, run_id or resumed_run(place) or new_run_id(config.name))
+    run.manifest.sweep = sweep
     check_trackers(config.train.report_to)
     on = config.placement
     check_placement(on)
@@ -188,6 +191,8 @@ def judge_and_ship(
     announce(f"run.{verdict.verdict}", f"run.{manifest.run_id}", run=manifest.run_id, text=text)
     if gate and verdict.verdict != "promote":
         run.skip("merge", "gguf", "proof", "ollama", why=f"the gate is closed: {verdict.verdict}")
+    elif manifest.sweep:
+        run.skip("merge", "gguf", "proof", "ollama", why=f"a trial of the sweep {manifest.sweep} exports nothing")
     elif adapter.unmerged:
         run.skip("merge", "gguf", "proof", "ollama", why=adapter.unmerged)
     else:

@@ -21,6 +21,7 @@ from tasks.core.manifest import RunManifest
 from tasks.core.progress import watch_progress
 from tasks.core.records import AdapterRef, Delta, RunComparison, ScoreSheet, ShippingCurve, ShippingPoint
 from tasks.core.store import Store
+from tasks.core.sweep import Sweep, describe_values
 
 if TYPE_CHECKING:
     from flows.doctor import Finding
@@ -55,6 +56,7 @@ LEARNED_STYLE = "bold black on green"
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
     code: 0xFFFD for code in range(0x7F, 0xA0)
 }
+DRAWN = (64, 14)  # columns and rows of a drawing
 STATUS_STYLE = {"gained": "green", "kept": "green", "lost": "red", "forgot": "red"}
 
 
@@ -446,6 +448,109 @@ def show_curve(curve: ShippingCurve, by: str) -> None:
     console.print(Text.assemble((mark, style), " ", (curve.reason, "bold")))
     if best not in ("end", "1"):
         console.print(f"Ship it: the run's own command with --set export.{by}={best}; nothing is trained again.")
+
+
+@contextlib.contextmanager
+def show_trials(enabled: bool) -> Iterator[None]:
+    """Show a sweep's trials as they begin and end, on stderr; in a terminal also the stage at work."""
+    console = Console(file=sys.stderr, highlight=False)
+    if not enabled:
+        yield
+        return
+    with console.status("Start Prefect") as status:
+
+        def on_progress(stage: str, done: int, total: int, note: str) -> None:
+            if stage == "trial":
+                console.print(Text(f"  {note}" if done == -1 else note), soft_wrap=True)
+            elif done != -1:
+                status.update(Text(f"{TITLES.get(stage, stage)} {f'{done}/{total} ' if total else ''}{note}"))
+
+        with watch_progress(on_progress):
+            yield
+
+
+def show_sweep(sweep: Sweep) -> None:
+    """Print a sweep's points, the front as a drawing, what was chosen and what is noise."""
+    console = _console()
+    names = _letters(sweep)
+    table = Table(box=None, padding=(0, 1), header_style="bold", pad_edge=False)
+    table.add_column("")
+    for axis in sweep.axes:
+        table.add_column(axis.key, justify="right")
+    if any(point.strength is not None for point in sweep.points):
+        table.add_column("Strength", justify="right")
+    for name in (f"Gain ({sweep.unit})", "Worst loss / budget"):
+        table.add_column(name, justify="right")
+    for name in ("of", "Front"):
+        table.add_column(name)
+    for number in sorted(names, key=lambda i: -sweep.points[i].gain.value):
+        point = sweep.points[number]
+        gain, loss = (
+            f"{e.value:{form}} [{e.low:{form}}, {e.high:{form}}]"
+            for e, form in ((point.gain, "+.2f"), (point.forgetting, "+.0%"))
+        )
+        style = "green" if point.is_inside else "red"
+        cells = [names[number], *(str(point.values[axis.key]) for axis in sweep.axes)]
+        if len(table.columns) > len(sweep.axes) + 5:
+            cells.append("" if point.strength is None else f"{point.strength:g}")
+        mark = "best" if number == sweep.best else "front" if point.on_front else ""
+        table.add_row(*map(Text, cells), gain, Text(loss, style), Text(point.worst), Text(mark, "bold"))
+    console.print(table)
+    console.print(Text("On the half of the items that chooses, with 95 % intervals.\n", "dim"))
+    for line in draw_front(sweep, names):
+        console.print(line, markup=False)
+    for trial in sweep.trials:
+        if trial.error:
+            said = (f"\n{trial.status}: ", "yellow"), f"{describe_values(trial)}: {trial.error}"
+            console.print(Text.assemble(*said), soft_wrap=True)
+    if sweep.importance:
+        console.print("\n[bold]What matters[/]  (share of the variance between points; in brackets by chance)")
+        for i in sweep.importance:
+            doubt = "" if i.is_reliable else "; too few points to rely on"
+            shares = f"gain {i.gain:.0%}, forgetting {i.forgetting:.0%} ({i.chance:.0%}{doubt})"
+            console.print(Text.assemble((f"{i.key}: ", "bold"), shares), soft_wrap=True)
+    if sweep.best is not None:
+        chosen = sweep.points[sweep.best]
+        console.print(f"\nBest inside the budgets: [bold]{names[sweep.best]}[/]", end=" ")
+        console.print(Text(f"({describe_values(chosen)}). On the other half of the items, run {sweep.run}:"))
+        console.print(delta_table(sweep.confirmed))
+        for d in sweep.differences:
+            word = "noise" if d.is_noise else "differs"
+            text = f"{names[d.point]} beside {names[sweep.best]}: {d.name} {d.delta.value:+.2f} {d.unit} "
+            console.print(Text(f"{text}[{d.delta.low:+.2f}, {d.delta.high:+.2f}], {word}", "dim" if d.is_noise else ""))
+    assert sweep.verdict
+    mark, style = VERDICTS[sweep.verdict]
+    console.print(Text.assemble((mark, style), " ", (sweep.reason, "bold")), soft_wrap=True)
+    console.print(Text(f"Intervals speak of {sweep.scope}.", "dim"), soft_wrap=True)
+    if sweep.command:
+        console.print(Text(f"Export it, with nothing trained again: {sweep.command}"), soft_wrap=True)
+
+
+def _letters(sweep: Sweep) -> dict[int, str]:
+    """Return a name for each point: letters for the front, by gain, numbers for the others."""
+    by_gain = sorted(range(len(sweep.points)), key=lambda i: -sweep.points[i].gain.value)
+    front = [i for i in by_gain if sweep.points[i].on_front]
+    others = [i for i in by_gain if not sweep.points[i].on_front]
+    letters = [chr(ord("A") + i) if i < 26 else f"A{i}" for i in range(len(front))]
+    return dict(zip(front, letters, strict=True)) | {i: str(n) for n, i in enumerate(others, 1)}
+
+
+def draw_front(sweep: Sweep, names: dict[int, str]) -> list[str]:
+    """Return a drawing of the points by name, gain upwards and the loss as a share of the budget to the right, whose
+    end is a line at 1."""
+    losses, gains = ([getattr(p, of).value for p in sweep.points] for of in ("forgetting", "gain"))
+    left, right, low, high = min(0.0, *losses), max(1.1, *losses), min(gains), max(gains)
+    width, height = DRAWN
+    column = {x: round((x - left) / (right - left) * (width - 1)) for x in (*losses, 1.0)}
+    cells = [["┊" if x == column[1.0] else " " for x in range(width)] for _ in range(height)]
+    for number in sorted(names, key=lambda i: sweep.points[i].on_front):  # the front is drawn over the others
+        row = round((high - gains[number]) / (high - low) * (height - 1)) if high > low else height // 2
+        at = min(column[losses[number]], width - len(names[number]))
+        cells[row][at : at + len(names[number])] = names[number]
+    labels = {0: f"{high:+.2f}", height - 1: f"{low:+.2f}"}
+    lines = [f"{labels.get(i, ''):>9} │{''.join(row).rstrip()}" for i, row in enumerate(cells)]
+    scale = f"{left:+.0%}".ljust(column[1.0] - 2) + "budget"
+    return [f"Gain ({sweep.unit})", *lines, f"{'':>9} └{'─' * width}", f"{'':>11}{scale}{'':>4}worst loss / budget"]
 
 
 def _named(point: ShippingPoint, by: str) -> str:

@@ -557,6 +557,34 @@ class PlacementConfig(Section):
     package: str | None = Field(None, description="Deployment that merges and converts, such as package-model/cpu.")
 
 
+class SweepConfig(Section):
+    """Which settings a sweep tries of a recipe. `trials` and `seeds` may be raised later: what is done is kept."""
+
+    grid: list[str] = Field([], description="section.key=value,value: these values are tried, each with all others.")
+    random: list[str] = Field([], description="section.key=low:high, or low:high:log: a range that values come from.")
+    optuna: bool = Field(False, description="Let Optuna (TPE) choose, for more gain and less forgetting at once.")
+    trials: int | None = Field(None, ge=1, le=1000, description="How many settings of random or optuna are tried.")
+    seeds: int = Field(1, ge=1, le=20, description="Trainings of each setting, with train.seed and the seeds after it.")
+    seed: int = Field(0, ge=0, description="Of what random and optuna choose.")
+    prune: bool = Field(
+        False, description="Stop a training whose validation loss is clearly above the median of the others'."
+    )
+    strengths: list[Annotated[float, Field(gt=0, le=2)]] = Field(
+        [], description="Also scale the best adapter so (forgetless strength), as points of the front."
+    )
+
+    @model_validator(mode="after")
+    def _has_something_to_try(self) -> "SweepConfig":
+        if not self.grid and not self.random:
+            raise ValueError("expected a key to try: grid train.rank=4,8, or random train.learning_rate=1e-4:1e-2:log")
+        chosen = bool(self.random) or self.optuna
+        if chosen and self.trials is None:
+            raise ValueError("random and optuna need trials: how many settings are tried")
+        if not chosen and self.trials is not None:
+            raise ValueError("a grid tries all its settings: trials goes with random or optuna")
+        return self
+
+
 class Recipe(Section):
     """Everything that decides a run's result, and where its stages run."""
 
@@ -631,6 +659,11 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None, data: str
 def load_combination(given: dict[str, Any]) -> CombineConfig:
     """Return how runs are to be combined. Raises ConfigError with every problem found."""
     return _validated(CombineConfig, given, [], "combine")
+
+
+def load_search(given: dict[str, Any]) -> SweepConfig:
+    """Return what a sweep tries. Raises ConfigError with every problem found."""
+    return _validated(SweepConfig, given, [], "sweep")
 
 
 def combined_recipe(first: Recipe, name: str, description: str, evaluation: EvalConfig) -> Recipe:

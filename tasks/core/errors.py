@@ -43,6 +43,10 @@ class ExportError(ForgetlessError):
     """Merging, converting or registering the model failed."""
 
 
+class PrunedError(ForgetlessError):
+    """A trial of a sweep was stopped, as its training fell behind the others'."""
+
+
 class ConflictError(ForgetlessError):
     """Another was faster at what only one can do. Nothing was changed."""
 

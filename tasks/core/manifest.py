@@ -64,6 +64,8 @@ class RunManifest(BaseModel):
     recipe: Recipe
     combine: CombineConfig | None = None
     """Where the run combines others in place of training; data and train of its recipe are then the first one's."""
+    sweep: str | None = None
+    """The sweep whose trial the run is: it ends before the merge."""
     status: Literal["running", "completed", "failed"] = "running"
     started: datetime
     finished: datetime | None = None

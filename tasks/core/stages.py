@@ -164,8 +164,9 @@ def combined_stage(config: CombineConfig, base: BaseRef, parts: list[CombinedPar
     return Stage("combined", 1, [base.artifact.content, *(part.artifact.content for part in parts)], section)
 
 
-def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet) -> Stage:
-    return Stage("comparison", 1, [before.artifact.content, after.artifact.content], _judged(config))
+def comparison_stage(config: EvalConfig, before: ScoreSheet, after: ScoreSheet, half: int | None = None) -> Stage:
+    section = _judged(config) | ({} if half is None else {"half": half})
+    return Stage("comparison", 1, [before.artifact.content, after.artifact.content], section)
 
 
 def _judged(config: EvalConfig) -> dict[str, Any]:

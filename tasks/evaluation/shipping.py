@@ -24,13 +24,7 @@ def choose_shipping(
     too few."""
 
     def compare(entry: Scored, half: int) -> dict[str, Any]:
-        _, sheet, items = entry
-        for task in (score.task for score in before.tasks):
-            if not any(item.task == task and _half(item) == half for item in before_items):
-                raise ComparisonError(
-                    f"Half of the items chooses and half confirms, and one half has none of {task}. Score more items."
-                )
-        return compare_scores(config, before, half_of(before_items, half), sheet, half_of(items, half))
+        return compare_half(config, before, before_items, *entry[1:], half)
 
     points = []
     for entry in scored:
@@ -59,6 +53,18 @@ def choose_shipping(
         "verdict": confirmed["verdict"],
         "reason": confirmed["reason"],
     }
+
+
+def compare_half(
+    config: EvalConfig, before: ScoreSheet, before_items: Items, after: ScoreSheet, after_items: Items, half: int
+) -> dict[str, Any]:
+    """Return ForgettingReport's fields on one half of the items. Raises ComparisonError."""
+    for task in (score.task for score in before.tasks):
+        if not any(item.task == task and _half(item) == half for item in before_items):
+            raise ComparisonError(
+                f"Half of the items chooses and half confirms, and one half has none of {task}. Score more items."
+            )
+    return compare_scores(config, before, half_of(before_items, half), after, half_of(after_items, half))
 
 
 def half_of(items: Items, half: int) -> list[ItemScore]:

@@ -157,19 +157,24 @@ def score_model_stage(model: ModelConfig, evaluation: EvalConfig, base: BaseRef,
 
 
 @task(name="compare-scores", **STAGE_OPTIONS)
-def compare_scores(evaluation: EvalConfig, before: ScoreSheet, after: ScoreSheet, store_url: str) -> ForgettingReport:
-    """Return the deltas with their intervals, and the verdict."""
+def compare_scores(
+    evaluation: EvalConfig, before: ScoreSheet, after: ScoreSheet, store_url: str, half: int | None = None
+) -> ForgettingReport:
+    """Return the deltas with their intervals, and the verdict: on all items, or on the half that chooses (0) or
+    confirms (1)."""
     store = open_store(read_settings(store_url))
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.evaluation.forgetting import compare_scores as compare
         from tasks.evaluation.forgetting import read_items
+        from tasks.evaluation.shipping import compare_half
 
-        fields = compare(evaluation, before, read_items(store, before), after, read_items(store, after))
+        sheets = (before, read_items(store, before), after, read_items(store, after))
+        fields = compare(evaluation, *sheets) if half is None else compare_half(evaluation, *sheets, half)
         (folder / "report.json").write_bytes(canonical_json(fields))
         return fields
 
-    return stored(store, comparison_stage(evaluation, before, after), ForgettingReport, make)
+    return stored(store, comparison_stage(evaluation, before, after, half), ForgettingReport, make)
 
 
 @task(name="choose-shipping", **STAGE_OPTIONS)

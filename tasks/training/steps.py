@@ -9,6 +9,7 @@ from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from tasks.core.config import CombineConfig, ModelConfig, TrainConfig
+from tasks.core.errors import PrunedError
 from tasks.core.hardware import resolve_dtype
 from tasks.core.manifest import LiveCurve
 from tasks.core.progress import report_progress
@@ -16,6 +17,7 @@ from tasks.core.records import AdapterRef, BaseRef, CombinedPart, CombinedRef, T
 from tasks.core.settings import read_settings
 from tasks.core.stages import adapter_stage, combined_stage
 from tasks.core.store import open_store, stored
+from tasks.core.sweep import watch_rivals
 from tasks.policy import STAGE_OPTIONS
 
 SHOWN_SECONDS = 10.0
@@ -33,7 +35,7 @@ def train_adapter(
     run_id: str | None = None,
 ) -> AdapterRef:
     """Return the trained adapter, which goes on from `start`; its weights and training curve are in the store. `run_id`
-    is the run whose live curve this is."""
+    is the run whose live curve this is. Raises PrunedError for a trial that falls behind its sweep's others."""
     store = open_store(read_settings(store_url))
     stage = adapter_stage(train, base, tokens, start)
     checkpoints = store.kept_folder(f"training-{stage.key}")
@@ -47,6 +49,7 @@ def train_adapter(
             0.0, key="training", description="Training, percent of optimizer steps"
         )
         live = LiveCurve(store, run_id) if run_id else None
+        check_rivals = watch_rivals(store, run_id)
         shown = 0.0
 
         def on_step(step: int, steps: int, point: TrainPoint) -> None:
@@ -59,6 +62,13 @@ def train_adapter(
                 update_progress_artifact(artifact_id=progress, progress=100 * step / steps)
                 if live:
                     live.write()
+            if point.validation_loss is not None:
+                try:
+                    check_rivals(step, steps, point.validation_loss)
+                except PrunedError:
+                    if live:
+                        live.write()  # others are compared with it too
+                    raise
 
         places = {
             "base": str(open_base(store, base, model)),
