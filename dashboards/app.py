@@ -31,6 +31,13 @@ st.navigation(
             url_path="run",
             help="One run in full: the measured changes, the training curve, the data, the exported files, the record.",
         ),
+        st.Page(
+            "app_pages/sweep.py",
+            title="Sweeps",
+            icon=":material/scatter_plot:",
+            url_path="sweep",
+            help="What settings were tried: the front of gain against forgetting, its best point, and what matters.",
+        ),
     ],
     position="top",
 ).run()

@@ -4,6 +4,7 @@ They draw what the records say and compute nothing. Colours are Okabe-Ito tones 
 a near-black page; shape and words always say the same as colour.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import cast
@@ -11,8 +12,16 @@ from typing import cast
 import altair as alt
 import pandas as pd
 
-from dashboards.results import MEASURES, STATUS_SYMBOLS, format_budget, format_change, format_interval
+from dashboards.results import (
+    MEASURES,
+    STATUS_SYMBOLS,
+    format_budget,
+    format_change,
+    format_interval,
+    point_place,
+)
 from tasks.core.records import Delta, TrainPoint
+from tasks.core.sweep import Axis, Sweep, describe_values
 
 GREEN, VERMILION, PURPLE, BLUE, GREY = "#009E73", "#D55E00", "#CC79A7", "#2B87C2", "#808080"
 STATUS_LOOK = {
@@ -23,6 +32,13 @@ STATUS_LOOK = {
     "unclear": (PURPLE, "diamond"),
     "inconclusive": (PURPLE, "diamond"),
     "at chance": (GREY, "square"),
+}
+PLACE_LOOK = {  # of a point of a sweep
+    "best": (GREEN, "triangle-up"),
+    "front": (BLUE, "circle"),
+    "behind": (GREY, "square"),
+    "front, over budget": (VERMILION, "cross"),
+    "behind, over budget": (PURPLE, "diamond"),
 }
 ROW_PIXELS, FRAME_PIXELS = 66, 105  # a row; title and axis, which Streamlit counts as part of the height
 LABEL_PIXELS = 190  # the same for every forest plot, so that plots under each other line up
@@ -136,6 +152,116 @@ def loss_chart(curve: Sequence[TrainPoint]) -> alt.LayerChart:
     )
     points = base.transform_filter("datum.of != 'training'").mark_point(filled=True, size=60, opacity=1)
     return _layered([lines, points], "Loss", 340)
+
+
+def front_chart(sweep: Sweep) -> alt.LayerChart:
+    """Return a sweep's points with both intervals: gain upwards, the worst loss as a share of its budget to the right,
+    a rule where the budget ends, and a line along the front. Strengths of an adapter are hollow."""
+    frame = pd.DataFrame(
+        {
+            "settings": describe_values(point),
+            "place": point_place(sweep, number),
+            "on_front": point.on_front,
+            "scaled": point.strength is not None,
+            "worst": point.worst,
+            "gain": point.gain.value,
+            "gain_low": point.gain.low,
+            "gain_high": point.gain.high,
+            "loss": point.forgetting.value,
+            "loss_low": point.forgetting.low,
+            "loss_high": point.forgetting.high,
+            "trials": len(point.trials),
+        }
+        for number, point in enumerate(sweep.points)
+    )
+    color, shape = _places()
+    tooltip = [
+        alt.Tooltip("settings:N", title="Settings"),
+        alt.Tooltip("place:N", title="Place"),
+        alt.Tooltip("gain:Q", title=f"Gain ({sweep.unit})", format="+.2f"),
+        alt.Tooltip("loss:Q", title="Loss / budget", format="+.0%"),
+        alt.Tooltip("worst:N", title="Of"),
+        alt.Tooltip("trials:Q", title="Seeds"),
+    ]
+    x = alt.X("loss:Q", title="Worst loss / budget (right of 100 % is over it)", axis=alt.Axis(format="+.0%"))
+    y = alt.Y("gain:Q", title=f"Gain of {sweep.recipe.eval.primary} ({sweep.unit})", scale=alt.Scale(zero=False))
+    base = alt.Chart(frame).encode(color=color, tooltip=tooltip)
+    budget = alt.Chart(pd.DataFrame({"budget": [1.0]})).mark_rule(color=GREY, strokeWidth=1.5, strokeDash=[6, 4])
+    front = alt.Chart(frame).transform_filter("datum.on_front").mark_line(color=GREY, strokeWidth=1)
+    points = base.mark_point(size=130, opacity=1, strokeWidth=2).encode(x=x, y=y, shape=shape)
+    layers = [
+        budget.encode(x="budget:Q"),
+        front.encode(x=x, y=y, order="loss:Q"),
+        base.mark_rule(strokeWidth=1.5).encode(x="loss_low:Q", x2="loss_high:Q", y=y),
+        base.mark_rule(strokeWidth=1.5).encode(x=x, y="gain_low:Q", y2="gain_high:Q"),
+        points.transform_filter("!datum.scaled").encode(fill=color),
+        points.transform_filter("datum.scaled"),
+    ]
+    return _layered(layers, "Gain against forgetting", 420)
+
+
+def parallel_chart(sweep: Sweep) -> alt.LayerChart:
+    """Return parallel coordinates: a line for each point through its settings, its gain and its worst loss, each axis
+    from its least value below to its largest above. Values that are no numbers stand in the order of the grid."""
+    columns = [(axis.key, [p.values[axis.key] for p in sweep.points]) for axis in sweep.axes]
+    heights = [(key, _heights(values, axis)) for (key, values), axis in zip(columns, sweep.axes, strict=True)]
+    results = (
+        (f"gain ({sweep.unit})", [p.gain.value for p in sweep.points], "+.2f"),
+        ("worst loss / budget", [p.forgetting.value for p in sweep.points], "+.0%"),
+    )
+    columns += [(name, [f"{value:{form}}" for value in values]) for name, values, form in results]
+    heights += [(name, _heights(values)) for name, values, _ in results]
+    frame = pd.DataFrame(
+        {
+            "point": number,
+            "axis": name,
+            "at": at[number],
+            "value": str(values[number]),
+            "settings": describe_values(point),
+            "place": point_place(sweep, number),
+        }
+        for (name, values), (_, at) in zip(columns, heights, strict=True)
+        for number, point in enumerate(sweep.points)
+    )
+    color, shape = _places()
+    base = alt.Chart(frame).encode(
+        x=alt.X("axis:N", sort=None, title=None, axis=alt.Axis(labelAngle=0, grid=True)),
+        y=alt.Y("at:Q", axis=None, scale=alt.Scale(domain=[-0.05, 1.05])),
+        color=color,
+        detail="point:N",
+        tooltip=[
+            alt.Tooltip("settings:N", title="Settings"),
+            alt.Tooltip("axis:N", title="Axis"),
+            alt.Tooltip("value:N", title="Value"),
+            alt.Tooltip("place:N", title="Place"),
+        ],
+    )
+    layers = [
+        base.mark_line(strokeWidth=2, opacity=0.8),
+        base.mark_point(filled=True, size=70, opacity=1).encode(shape=shape),
+        base.mark_text(dx=10, align="left", fontSize=11, color=GREY).encode(text="value:N", color=alt.value(GREY)),
+    ]
+    return _layered(layers, "Settings and what they gave", 340)
+
+
+def _places() -> tuple[alt.Color, alt.Shape]:
+    """Return the colour and the shape of a point of a sweep by its place, with one legend for both."""
+    names = list(PLACE_LOOK)
+    legend = alt.Legend(title=None, orient="top", labelLimit=0)
+    color, shape = (alt.Scale(domain=names, range=[PLACE_LOOK[name][i] for name in names]) for i in (0, 1))
+    return alt.Color("place:N", scale=color, legend=legend), alt.Shape("place:N", scale=shape, legend=legend)
+
+
+def _heights(values: Sequence[object], axis: Axis | None = None) -> list[float]:
+    """Return where values stand on an axis from 0 to 1."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        numbers = [cast(float, value) for value in values]
+        if axis and axis.log:
+            numbers = [math.log(number) for number in numbers]
+    else:
+        numbers = [float(axis.values.index(value)) if axis and axis.values else 0.0 for value in values]
+    low, high = min(numbers, default=0.0), max(numbers, default=0.0)
+    return [(number - low) / (high - low) if high > low else 0.5 for number in numbers]
 
 
 def learning_rate_chart(curve: Sequence[TrainPoint]) -> alt.Chart:

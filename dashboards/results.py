@@ -30,9 +30,12 @@ from tasks.core.records import (
 )
 from tasks.core.settings import read_settings
 from tasks.core.store import Store, open_store
+from tasks.core.sweep import Estimate, Sweep, describe_values, sweep_ids
+from tasks.core.sweep import read_sweep as read_record
 
 REFRESH_SECONDS = 5
 FIRST_COMMAND = "forgetless run quickstart"
+FIRST_SWEEP = "forgetless sweep quickstart --grid train.rank=4,8,16"
 
 STAGE_WORDS = {
     "base": "Fetching the base model",
@@ -74,6 +77,7 @@ MEASURES = {
 }
 
 
+TRIAL_STATUSES = ("completed", "running", "pending", "pruned", "failed")
 DELTA_COLUMNS = {
     "Name": st.column_config.TextColumn(pinned=True),
     "Lost / gained": st.column_config.TextColumn(
@@ -184,6 +188,31 @@ def read_run(url: str, run_id: str) -> Run:
 def read_live_curve(url: str, run_id: str) -> list[TrainPoint]:
     """Return what a training at work has told of its curve so far. Raises ForgetlessError for an unreadable store."""
     return LiveCurve(_open(url), run_id).read()
+
+
+@st.cache_data(ttl=REFRESH_SECONDS, show_spinner=False)
+def list_sweeps(url: str) -> list[str]:
+    """Return the names of all sweeps of a store, the last written first. Raises ForgetlessError if the store cannot be
+    read."""
+    try:
+        return sweep_ids(_open(url))
+    except OSError as error:
+        raise StoreError(describe_os_error(error, f"list the sweeps of {url}")) from error
+
+
+@st.cache_data(ttl=REFRESH_SECONDS, max_entries=64, show_spinner=False)
+def read_sweep(url: str, name: str) -> Sweep | str:
+    """Return a sweep's record, or a sentence on why there is none to show."""
+    try:
+        return read_record(_open(url), name) or f"There is no record of the sweep {name} any more."
+    except ForgetlessError as error:
+        return str(error)
+
+
+def sweep_pulse(url: str, name: str) -> str:
+    """Return a value that changes when a sweep comes a trial further."""
+    sweep = read_sweep(url, name)
+    return sweep if isinstance(sweep, str) else f"{sweep.status} {[trial.status for trial in sweep.trials]}"
 
 
 def find_runs(run_names: Sequence[str], text: str | None) -> list[str]:
@@ -341,6 +370,90 @@ def describe_run(manifest: RunManifest, now: datetime | None = None) -> str:
     started = manifest.started.astimezone(UTC).strftime("%-d %b %Y, %H:%M UTC")
     base = code_span(manifest.recipe.model.base)
     return f"{base} · {method_name(manifest)} · {started} · {describe_time(manifest, now)}"
+
+
+# A sweep
+
+
+def sweep_badge(sweep: Sweep) -> Badge:
+    return BADGES[sweep.verdict or "completed"] if sweep.status == "completed" else BADGES[sweep.status]
+
+
+def describe_sweep(sweep: Sweep, now: datetime | None = None) -> str:
+    """Return one line: how many trials came to which end, of how many seeds, and when it began."""
+    counts = {status: sum(trial.status == status for trial in sweep.trials) for status in TRIAL_STATUSES}
+    told = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
+    age = format_age(max(0.0, ((now or datetime.now(UTC)) - sweep.started).total_seconds()))
+    return f"{len(sweep.trials):,} trials ({told}) · started {age} · intervals speak of {sweep.scope}"
+
+
+def point_table(sweep: Sweep) -> pd.DataFrame:
+    """Return the points of a sweep as text, those that gain most first."""
+    order = sorted(range(len(sweep.points)), key=lambda i: -sweep.points[i].gain.value)
+    return _table(
+        {
+            "Settings": describe_values(sweep.points[i]),
+            "Place": point_place(sweep, i),
+            f"Gain ({sweep.unit})": _estimate(sweep.points[i].gain, "+.2f"),
+            "Worst loss / budget": _estimate(sweep.points[i].forgetting, "+.0%"),
+            "Of": sweep.points[i].worst,
+            "Trials": ", ".join(map(str, sweep.points[i].trials)),
+        }
+        for i in order
+    )
+
+
+def point_place(sweep: Sweep, number: int) -> str:
+    """Return what a point is to its sweep, in a word or two."""
+    point = sweep.points[number]
+    if number == sweep.best:
+        return "best"
+    return ("front" if point.on_front else "behind") + ("" if point.is_inside else ", over budget")
+
+
+def trial_table(sweep: Sweep) -> pd.DataFrame:
+    """Return every trial with its end, its run and its error."""
+    return _table(
+        {
+            "Trial": str(trial.number),
+            "Status": trial.status,
+            "Settings": describe_values(trial),
+            "Time": "" if trial.seconds is None else format_seconds(trial.seconds),
+            "Run": trial.run or "",
+            "Error": first_line(trial.error or ""),
+        }
+        for trial in sweep.trials
+    )
+
+
+def difference_table(sweep: Sweep) -> pd.DataFrame:
+    """Return what the other points of the front do otherwise than the best, on the half of the items that judges."""
+    return _table(
+        {
+            "Settings": describe_values(sweep.points[d.point]),
+            "Capability": d.name,
+            "Beside the best": f"{_estimate(d.delta, '+.2f')} {d.unit}",
+            "Reads as": "noise" if d.is_noise else "differs",
+        }
+        for d in sweep.differences
+    )
+
+
+def importance_table(sweep: Sweep) -> pd.DataFrame:
+    return _table(
+        {
+            "Key": i.key,
+            "Of gain": f"{i.gain:.0%}",
+            "Of forgetting": f"{i.forgetting:.0%}",
+            "By chance": f"{i.chance:.0%}",
+            "Reliable": "yes" if i.is_reliable else "too few points",
+        }
+        for i in sweep.importance
+    )
+
+
+def _estimate(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
 
 
 # Tables

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tasks.core.config import CombineConfig, Recipe
+from tasks.core.config import CombineConfig, Recipe, SweepConfig
 from tasks.core.manifest import STAGES, RunManifest, StageState, write_manifest
 from tasks.core.records import (
     AdapterRef,
@@ -29,6 +29,17 @@ from tasks.core.records import (
     TrainPoint,
 )
 from tasks.core.store import FileStore
+from tasks.core.sweep import (
+    Axis,
+    Difference,
+    Estimate,
+    Sweep,
+    SweepTrial,
+    choose_best,
+    importance_of,
+    measure_points,
+    write_sweep,
+)
 
 HOSTILE = "<script>alert('x')</script> ![x](https://evil.example/x.png) :material/home: $x$ [a](javascript:alert(1))"
 START = datetime(2026, 11, 20, 21, 0, tzinfo=UTC)
@@ -38,6 +49,7 @@ INCONCLUSIVE = "short-eval-20261120-220000-000"
 FAILED = "hub-data-20261120-223000-000"
 RUNNING = "rank8-20261120-230000-000"
 COMBINED = "mixed-20261121-000000-000"
+SWEEP = "rates-0a1b2c3d"
 CORRUPT = "damaged-20261120-233000-000"
 NEWEST_FIRST = [CORRUPT, RUNNING, FAILED, INCONCLUSIVE, REJECTED, PROMOTED]
 
@@ -403,6 +415,60 @@ def running() -> RunManifest:
         before=whole.before,
         environment=whole.environment,
     )
+
+
+def sweep(**more: Any) -> Sweep:
+    """A sweep of four settings: three finished, one of them over budget, and one pruned; the best also scaled."""
+    settings = [(4, 1e-4, 10.0, -0.4), (4, 1e-3, 30.0, -1.9), (8, 1e-4, 9.0, -0.6), (8, 1e-3, 0.0, 0.0)]
+    trials = [
+        SweepTrial(
+            number=number,
+            values={"train.rank": rank, "train.learning_rate": rate},
+            seed=42,
+            status="completed" if number < 4 else "pruned",
+            run=f"rates-0a1b2c3d-{number:02}-20261121-01000{number}-000",
+            error=None if number < 4 else f"Pruned at step 20 of 40: {HOSTILE}",
+            seconds=75.0,
+            curve=[(0, 2.7), (20, 2.4)],
+            deltas=[target(gain, 1.5, "gained"), text_retention(lost, 0.2, "kept"), endings_retention(-1, 2, "kept")]
+            if number < 4
+            else [],
+        )
+        for number, (rank, rate, gain, lost) in enumerate(settings, 1)
+    ]
+    scaled = [target(6.0, 1.0, "gained"), text_retention(-0.1, 0.1, "kept"), endings_retention(0, 2, "kept")]
+    trials.append(trials[0].model_copy(update={"number": 5, "strength": 0.5, "deltas": scaled}))
+    axes = [Axis(key="train.rank", values=[4, 8]), Axis(key="train.learning_rate", low=1e-4, high=1e-3, log=True)]
+    points = measure_points(trials)
+    fields: dict[str, Any] = {
+        "sweep_id": SWEEP,
+        "recipe": recipe("rates"),
+        "search": SweepConfig(random=["train.learning_rate=1e-4:1e-3:log"], grid=["train.rank=4,8"], trials=4),
+        "axes": axes,
+        "status": "completed",
+        "started": START,
+        "finished": START + timedelta(minutes=6),
+        "trials": trials,
+        "points": points,
+        "best": choose_best(points),
+        "run": trials[0].run,
+        "confirmed": trials[0].deltas,
+        "verdict": "promote",
+        "reason": "Chosen among 4 points on one half of the items; on the other: Promote.",
+        "differences": [
+            Difference(point=1, name="zh-answers", unit="%", delta=Estimate(value=20.0, low=17.0, high=23.0)),
+            Difference(point=3, name="zh-answers", unit="%", delta=Estimate(value=-0.5, low=-1.5, high=0.5)),
+        ],
+        "importance": importance_of(axes, points),
+        "command": "forgetless run rates.yaml --set train.rank=4 --set train.learning_rate=0.0001",
+    }
+    return Sweep(**{**fields, **more})
+
+
+def fill_sweep(folder: Path, **more: Any) -> FileStore:
+    store = FileStore(folder)
+    write_sweep(store, sweep(**more))
+    return store
 
 
 def fill_store(folder: Path) -> FileStore:

@@ -89,3 +89,37 @@ def test_an_empty_curve_draws() -> None:
         drawn = chart([]).to_dict()
         assert [p for points in drawn.get("datasets", {}).values() for p in points] == []
         assert "Optimizer step" in titles(drawn, "x")
+
+
+def test_a_front_has_both_intervals_the_budget_and_hollow_strengths() -> None:
+    sweep = made.sweep()
+    spec: Any = charts.front_chart(sweep).to_dict()
+    assert titles(spec, "x") == {"Worst loss / budget (right of 100 % is over it)"}
+    assert titles(spec, "y") == {"Gain of zh-answers (%)"}
+    points = [row for data in spec["datasets"].values() for row in data if "place" in row]
+    assert {row["settings"]: row["place"] for row in points} == {
+        "learning_rate 0.0001, rank 4": "best",
+        "learning_rate 0.001, rank 4": "front, over budget",
+        "learning_rate 0.0001, rank 8": "behind",
+        "learning_rate 0.0001, rank 4, strength 0.5": "front",
+    }
+    assert {(row["loss_low"], row["loss"], row["loss_high"]) for row in points if row["scaled"]} == {(0.0, 0.1, 0.2)}
+    assert [{"budget": 1.0}] in list(spec["datasets"].values())
+    assert [layer["transform"] for layer in spec["layer"][-2:]] == [
+        [{"filter": "!datum.scaled"}],
+        [{"filter": "datum.scaled"}],
+    ]
+
+
+def test_parallel_coordinates_lead_each_point_through_settings_and_results() -> None:
+    spec: Any = charts.parallel_chart(made.sweep()).to_dict()
+    (data,) = spec["datasets"].values()
+    first = {row["axis"]: (row["at"], row["value"]) for row in data if row["point"] == 0}
+    assert first == {
+        "train.rank": (0, "4"),
+        "train.learning_rate": (0, "0.0001"),
+        "gain (%)": (pytest.approx(4 / 24), "+10.00"),
+        "worst loss / budget": (pytest.approx(0.3 / 1.8), "+40%"),
+    }
+    assert {row["at"] for row in data if row["axis"] == "train.rank"} == {0, 1}
+    assert all(0 <= row["at"] <= 1 for row in data)

@@ -26,7 +26,7 @@ def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Show:
     def render(run_id: str | None = None, page: str = "run") -> AppTest:
         at = AppTest.from_file(APP, default_timeout=20)
         if run_id is not None:
-            at.query_params["run"] = run_id
+            at.query_params["sweep" if page == "sweep" else "run"] = run_id
             at.switch_page(f"app_pages/{page}.py")
         at.run()
         assert not at.exception, at.exception
@@ -299,3 +299,55 @@ def test_a_combined_run_names_its_parts_and_shows_no_training(show: Show, tmp_pa
     assert "method: ties" in text
     assert "learning_rate" not in text, "the first run's training is not this one's"
     assert "2 runs by ties" in words(show())
+
+
+def test_a_sweep_shows_its_front_its_best_and_every_trial(show: Show, tmp_path: Path) -> None:
+    made.fill_sweep(tmp_path)
+    at = show(made.SWEEP, "sweep")
+    text = words(at)
+    assert at.header[0].value == ":green[:material/check_circle: Promote]"
+    assert "Chosen among 4 points on one half of the items; on the other: Promote." in text
+    assert len(at.get("vega_lite_chart")) == 2
+    points = at.dataframe[0].value.set_index("Settings")
+    assert points.loc["learning_rate 0.0001, rank 4"].to_dict() == {
+        "Place": "best",
+        "Gain (%)": "+10.00 (+8.50 to +11.50)",
+        "Worst loss / budget": "+40% (+20% to +60%)",
+        "Of": "english-text",
+        "Trials": "1",
+    }
+    assert points.iloc[0].to_dict()["Place"] == "front, over budget"
+    assert "5 trials (4 completed, 1 pruned)" in text.replace("\\", "")
+    assert "these adapters only" in text
+    assert '"learning_rate 0.0001, rank 4, strength 0.5",zh-answers,-0.50 (-1.50 to +0.50) %,noise' in text
+    assert "too few points" in text
+    assert "forgetless run rates.yaml --set train.rank=4 --set train.learning_rate=0.0001" in text
+    assert "4,pruned," in text
+    assert at.page_link[0].value.replace("\\", "") == f"**{made.sweep().run}**"
+    assert not [m.value for m in (*at.markdown, *at.caption) if "evil.example" in m.value]
+
+
+def test_a_sweep_at_work_is_followed_and_one_without_points_says_so(show: Show, tmp_path: Path) -> None:
+    waiting = [trial.model_copy(update={"status": "pending", "deltas": []}) for trial in made.sweep().trials[:2]]
+    empty = {"status": "running", "points": [], "best": None, "run": None, "confirmed": [], "verdict": None}
+    more = {**empty, "reason": "", "differences": [], "importance": [], "command": "", "trials": waiting}
+    made.fill_sweep(tmp_path, **more)
+    at = show(made.SWEEP, "sweep")
+    assert at.header[0].value == ":blue[:material/hourglass_top: Running]"
+    assert "No trial is finished yet." in words(at)
+    made.fill_sweep(tmp_path)
+    st.cache_data.clear()  # what REFRESH_SECONDS do
+    assert at.run().header[0].value == ":green[:material/check_circle: Promote]"
+
+
+def test_without_sweeps_or_with_a_damaged_one_it_is_said(show: Show, tmp_path: Path) -> None:
+    at = show("", "sweep")
+    assert "No sweeps in this store yet" in at.info[0].value
+    assert [code.value for code in at.code] == ["forgetless sweep quickstart --grid train.rank=4,8,16"]
+    FileStore(tmp_path).write_bytes("sweeps/broken-1.json", b'{"version": 1')
+    st.cache_data.clear()
+    at = show("broken-1", "sweep")
+    assert at.warning[0].value == "This sweep cannot be shown."
+    assert "The record of sweep broken-1 cannot be read" in words(at)
+    at = show("another", "sweep")
+    assert "There is no such sweep in this store" in at.warning[0].value
