@@ -319,7 +319,8 @@ class _Sweep:
                 reports = [
                     self._compare(self._sheet(a), self._sheet(b), CONFIRMS) for a, b in pairs if a.seed == b.seed
                 ]
-                record.differences += _differences(number, reports)
+                names = {d.name for d in record.confirmed if d.counts and (d.primary or d.role == "retention")}
+                record.differences += _differences(number, names, reports)
 
     def _sheet(self, trial: SweepTrial) -> ScoreSheet:
         """Return the scores of a trial's adapter, at its strength."""
@@ -360,11 +361,11 @@ def _shown(estimate: Estimate) -> str:
     return f"{estimate.value:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
 
 
-def _differences(point: int, reports: list[ForgettingReport]) -> list[Difference]:
-    """Return what the adapters of a point do otherwise, from comparisons of each seed's."""
+def _differences(point: int, names: set[str], reports: list[ForgettingReport]) -> list[Difference]:
+    """Return what the adapters of a point do otherwise in capabilities, from comparisons of each seed's."""
     found = []
     for delta in reports[0].capabilities if reports else []:
-        if delta.primary or delta.role == "retention":
+        if delta.name in names:
             same = [d for report in reports for d in report.capabilities if d.name == delta.name]
             estimate = over_seeds([Estimate(value=d.delta, low=d.low, high=d.high) for d in same])
             found.append(Difference(point=point, name=delta.name, unit=delta.unit, delta=estimate))

@@ -79,7 +79,7 @@ def plan_search(recipe: str, overrides: list[str], data: str | None, search: Swe
 
 def as_overrides(values: Values) -> list[str]:
     """Return settings as `run --set` takes them."""
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in sorted(values.items())]
 
 
 def sweep_id(search: Search, config: SweepConfig, contents: Sequence[str]) -> str:

@@ -24,7 +24,8 @@ from tasks.core.store import Store
 VERSION = 1
 PRUNE_FROM = 1 / 3  # of the steps: before, the warm-up decides
 PRUNE_RIVALS = 3
-PRUNE_MARGIN = 0.05  # of the median's loss; the noise of a few hundred held-out tokens is about 0.01
+PRUNE_SHARE = 0.5  # of what the median trial has learned by the same step
+PRUNE_NOISE = 0.01  # of the median's loss: less is the noise of a few hundred held-out tokens
 FEW_POINTS = 5  # a group of an axis, on average: fewer say little of what matters
 
 
@@ -296,7 +297,7 @@ def _groups(values: Sequence[Any]) -> list[int]:
 
 def describe_values(of: SweepTrial | SweepPoint) -> str:
     """Return settings in words, each key by its last part."""
-    words = [f"{key.rpartition('.')[2]} {value}" for key, value in of.values.items()]
+    words = [f"{key.rpartition('.')[2]} {value}" for key, value in sorted(of.values.items())]
     words += [f"seed {of.seed}"] if isinstance(of, SweepTrial) else []
     return ", ".join([*words, *([] if of.strength is None else [f"strength {of.strength:g}"])])
 
@@ -306,12 +307,15 @@ def describe_values(of: SweepTrial | SweepPoint) -> str:
 
 def losing_to(step: int, loss: float, rivals: Sequence[Sequence[tuple[int, float]]]) -> float | None:
     """Return the median of the other trainings' validation losses at a step, between whose validations lines are drawn,
-    where a loss is clearly above it; None where it is not, or fewer than PRUNE_RIVALS came so far."""
+    where a loss is clearly above it: it fell since step 0 by less than PRUNE_SHARE of what the median did, beyond
+    noise. None where it is not, or fewer than PRUNE_RIVALS others came so far."""
     known = [curve for curve in rivals if curve and curve[-1][0] >= step]
     if len(known) < PRUNE_RIVALS:
         return None
     middle = median(_loss_at(step, curve) for curve in known)
-    return middle if loss > middle * (1 + PRUNE_MARGIN) else None
+    start = max(curve[0][1] for curve in known)
+    accepted = max((1 - PRUNE_SHARE) * (start - middle), PRUNE_NOISE * middle)
+    return middle if loss > middle + accepted else None
 
 
 def _loss_at(step: int, curve: Sequence[tuple[int, float]]) -> float:

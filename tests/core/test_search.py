@@ -41,7 +41,7 @@ def test_a_grid_is_every_combination_of_its_values_as_yaml_reads_them(recipe: st
     first = {"train.rank": 4, "train.learning_rate": 2e-4, "train.target_modules": "all-linear"}
     assert found.known[0] == first
     assert found.known[-1]["train.target_modules"] == ["q_proj"]
-    assert as_overrides(first) == ["train.rank=4", "train.learning_rate=0.0002", 'train.target_modules="all-linear"']
+    assert as_overrides(first) == ["train.learning_rate=0.0002", "train.rank=4", 'train.target_modules="all-linear"']
 
 
 def test_random_settings_lie_in_their_ranges_and_follow_from_the_seed_alone(recipe: str) -> None:

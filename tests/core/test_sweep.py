@@ -110,8 +110,11 @@ def test_importance_is_the_share_of_variance_between_values() -> None:
 
 def test_a_training_loses_where_it_is_clearly_above_the_median_at_its_step() -> None:
     rivals = [[(0, 3.0), (10, 2.0), (20, 1.0)], [(0, 3.0), (20, 1.4)], [(0, 3.0), (10, 2.4), (20, 1.2)]]
-    assert losing_to(20, 1.2 * 1.06, rivals) == 1.2
-    assert losing_to(20, 1.2 * 1.04, rivals) is None
-    assert losing_to(10, 2.4, rivals) == pytest.approx(2.2), "the second is at 2.2 halfway"
+    assert losing_to(20, 2.11, rivals) == 1.2, "the median learned 1.8 nats, and this less than half of that"
+    assert losing_to(20, 2.09, rivals) is None
+    assert losing_to(10, 2.65, rivals) == pytest.approx(2.2), "the second is at 2.2 halfway"
     assert losing_to(20, 9.0, rivals[:2]) is None, "two are no field to be compared with"
     assert losing_to(30, 9.0, rivals) is None, "none came so far"
+    flat = [[(0, 3.0), (20, 3.0)]] * 3
+    assert losing_to(20, 3.02, flat) is None, "where nobody learns, noise decides nothing"
+    assert losing_to(20, 3.04, flat) == 3.0
