@@ -187,9 +187,46 @@ def test_optuna_goes_on_as_if_it_had_never_stopped(store: FileStore, recipe: Pat
 
 
 def test_killed_in_its_midst_a_sweep_reruns_no_finished_trial(store: FileStore, recipe: Path) -> None:  # noqa: F811
+    words = command(recipe, store, *RATES, "--set", "description=killed")
+    killed = kill_at_trial(2, words, store)
+    assert [trial.status for trial in killed.trials] == ["completed", "running", "pending"]
+    assert main(words) == 0
+    again = read_sweep(store, killed.sweep_id)
+    assert again.status == "completed"
+    assert again.trials[0].run == killed.trials[0].run
+    assert again.started == killed.started
+    assert len(again.points) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_twelve_points_of_a_shortened_quickstart(
+    tmp_path: Path, prefect_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = FileStore(tmp_path / "store")
+    rates = "train.learning_rate=5e-4,1e-3,1.5e-3,3e-3"
+    short = ["--set", "train.max_steps=12", "--set", "eval.limit=60"]
+    words = ["sweep", "quickstart", "--store", str(store.root), *short, "--grid", "train.rank=4,8,16", "--grid", rates]
+    killed = kill_at_trial(7, words, store)
+    finished = {t.number: t.run for t in killed.trials if t.status == "completed"}
+    assert sorted(finished) == [1, 2, 3, 4, 5, 6]
+    assert main(words) == 0
+    sweep = swept(store)
+    assert {t.number: t.run for t in sweep.trials if t.number in finished} == finished
+    assert [trial.status for trial in sweep.trials] == ["completed"] * 12
+    assert len(sweep.points) == 12
+    assert sum(name.startswith(sweep.sweep_id) for name in run_ids(store)) == 13, "the killed one alone was run again"
+    assert {run.stages["before"].status for run in runs_of(store, sweep)[1:]} == {"reused"}
+    shown = capsys.readouterr().out
+    assert "┊" in shown
+    assert sweep.reason in shown
+    print(shown)
+
+
+def kill_at_trial(number: int, words: list[str], store: FileStore) -> Sweep:
+    """Return the record of a sweep whose process was killed in the midst of a trial."""
     from prefect.settings import PREFECT_API_URL
 
-    words = command(recipe, store, *RATES, "--set", "description=killed")
     environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value() or "", "PYTHONPATH": str(ROOT)}
     before = set(sweep_ids(store))
     process = subprocess.Popen(
@@ -199,23 +236,17 @@ def test_killed_in_its_midst_a_sweep_reruns_no_finished_trial(store: FileStore, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    at_work = wait_for_trial(store, before, 2, process)
+    name = wait_for_trial(store, before, number, process).sweep_id
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert [trial.status for trial in at_work.trials] == ["completed", "running", "pending"]
-    killed = read_sweep(store, at_work.sweep_id)
-    assert killed.status == "running"
-    assert main(words) == 0
-    again = read_sweep(store, at_work.sweep_id)
-    assert again.status == "completed"
-    finished = [trial for trial in killed.trials if trial.status == "completed"]
-    assert [t.run for t in again.trials if t.status == "completed"][: len(finished)] == [t.run for t in finished]
-    assert len(again.points) == 3
+    killed = read_sweep(store, name)
+    assert killed is not None and killed.status == "running"
+    return killed
 
 
 def wait_for_trial(store: FileStore, before: set[str], number: int, process: subprocess.Popen) -> Sweep:
     """Return a new sweep's record as soon as that trial is running."""
-    end = time.monotonic() + 400
+    end = time.monotonic() + 3600
     while time.monotonic() < end and process.poll() is None:
         for name in set(sweep_ids(store)) - before:
             sweep = read_sweep(store, name)
