@@ -492,7 +492,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         if run_ids(store):
             raise ForgetlessError(f"{store.url} holds runs already: name an empty place with --into.")
         recipe = Path(scratch) / f"{manifest.recipe.name}.yaml"
-        recipe.write_text(manifest.recipe.model_dump_json(), encoding="utf-8")  # JSON is YAML
+        recipe.write_text(manifest.recipe.model_dump_json(exclude={"placement"}), encoding="utf-8")  # JSON is YAML
         run_id = new_run_id(manifest.recipe.name)
         with RunScreen(run_id, enabled=not arguments.json):
             from flows.finetune import finetune

@@ -27,6 +27,8 @@ from tasks.core.store import MARKER, FileStore, Store, StoredFile
 DAY = 86_400.0
 READERS = 8  # files that are read at once; each holds one piece of at most 1 MiB
 PLACE = re.compile(r"artifacts/([^/\"]+)/([^/\"]+)\"")
+LEFT = ("leases", "unfinished", "handoffs")
+"""What processes leave that were killed: leases, answers of a scoring, a stage's record for a run on another pool."""
 Say = Callable[[str], None]
 
 
@@ -75,7 +77,8 @@ def measure_store(store: Store, settings: Settings) -> dict[str, Any]:
     for artifact in artifacts:
         kinds[artifact.kind] += artifact.size_bytes
     work = {entry: folder_bytes(entry) for entry in _work_folders(store)}
-    partial = sum(file.size for file in [*store.list_partial(), *store.list_files("leases")])
+    begun = (file for place in LEFT for file in store.list_files(place))
+    partial = sum(file.size for file in [*store.list_partial(), *begun])
     return {
         "store": store.url,
         "kinds": dict(kinds.most_common()),
@@ -166,9 +169,9 @@ def collect_garbage(
     # Listed before the manifests are read: a run that begins to use an artifact meanwhile names it there.
     artifacts = _read_artifacts(store.list_files("artifacts"))
     partial = [file for file in store.list_partial() if file.written < young]
-    leases: dict[str, list[StoredFile]] = defaultdict(list)
-    for file in store.list_files("leases"):
-        leases[file.path.partition(".")[0]].append(file)
+    left: dict[str, list[StoredFile]] = defaultdict(list)  # each group is one process's, as long as any of it is young
+    for file in (file for place in LEFT for file in store.list_files(place)):
+        left[re.sub(r"\.\d+(\.beat)?$|/[0-9a-f]+\.json$", "", file.path)].append(file)
     responses = list(store.list_files("responses"))
     reached = _read_reached(store, artifacts)
     removed: list[dict[str, Any]] = []
@@ -192,7 +195,7 @@ def collect_garbage(
             if not dry_run:
                 store.delete_file(file.path)
             note("no run reaches it", file.path, file.size)
-    for files in leases.values():
+    for files in left.values():
         if max(file.written for file in files) < young:
             for file in files:
                 if not dry_run:

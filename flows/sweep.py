@@ -54,14 +54,23 @@ def _run_name() -> str:
 
 @flow(name="sweep", flow_run_name=_run_name, persist_result=False, validate_parameters=True)
 def sweep(
-    search: Annotated[SweepConfig, Field(description="The keys that are varied, and how.")],
-    recipe: Annotated[str, Field(description="A shipped recipe's name, or the path of a recipe file.")] = "quickstart",
-    overrides: Annotated[list[str], Field(description="section.key=value, such as train.epochs=1.")] = [],  # noqa: B006
-    data: Annotated[str | None, Field(description="A file or Hub data set in place of the recipe's sources.")] = None,
-    store: Annotated[str | None, Field(description="Folder or s3://bucket/prefix; the worker's own if empty.")] = None,
-    concurrency: Annotated[int, Field(ge=1, le=64, description="Trials at once; each needs the memory of a run.")] = 1,
+    search: SweepConfig,
+    recipe: str = "quickstart",
+    overrides: list[str] = [],  # noqa: B006
+    data: str | None = None,
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 1,
+    store: str | None = None,
 ) -> Sweep:
-    """Return the sweep's record: its trials, the front of gain against forgetting, and the best inside the budgets."""
+    """Return the sweep's record: its trials, the front of gain against forgetting, and the best inside the budgets.
+
+    Args:
+        search: The keys that are varied, and how.
+        recipe: A shipped recipe's name, or the path of a recipe file on the worker.
+        overrides: Other keys as section.key=value; placement.train=train-adapter/gpu puts trainings on a pool.
+        data: A file, s3:// address or Hub data set in place of the recipe's sources.
+        concurrency: Trials at once; each needs the memory of a run, where its stages are not placed elsewhere.
+        store: Folder or s3://bucket/prefix; empty for the worker's own (FORGETLESS_STORE).
+    """
     found = plan_search(recipe, overrides, data, search)
     settings = read_settings(store)
     place = open_store(settings)

@@ -87,7 +87,7 @@ def sweep_id(search: Search, config: SweepConfig, contents: Sequence[str]) -> st
     (digests of data, base and items). More trials, seeds or strengths go on with the same sweep."""
     settled = config.model_dump(mode="json", include={"optuna", "seed", "prune"})
     axes = [axis.model_dump(mode="json") for axis in search.axes]
-    given = [search.recipe.model_dump(mode="json"), axes, settled, list(contents)]
+    given = [search.recipe.model_dump(mode="json", exclude={"placement"}), axes, settled, list(contents)]
     return f"{search.recipe.name[:60]}-{sha256(canonical_json(given))[:8]}"
 
 

@@ -257,19 +257,24 @@ def test_what_a_kept_run_was_made_from_stays(place: Place) -> None:
 def test_leases_of_killed_processes_and_broken_downloads_go(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("merged/old.1", "merged/old.1.beat", "merged/long.1"):
         place.store.write_bytes(f"leases/{name}", b"{}")
+    left = ["unfinished/ab/01.json", "unfinished/ab/02.json", "handoffs/3132fb0a-81f0-4399.json"]
+    for name in (*left, "unfinished/cd/03.json"):
+        place.store.write_bytes(name, b"{}")
     now = place.a_day_passes()
     place.store.write_bytes("leases/merged/long.1.beat", b"{}")
+    place.store.write_bytes("unfinished/cd/04.json", b"{}")
     place.store.write_bytes("responses/a-model/key/responses.json", b"x" * 1000)
     broken = place.store.kept_folder("download-abc")
     broken.mkdir(parents=True)
     (broken / "model.bin").write_bytes(b"x" * 500)
     broken.with_suffix(".lock").touch()
     _, usage = output(capsys, "store", "du")
-    assert (usage["responses"], usage["work"]) == (1000, 508)
+    assert (usage["responses"], usage["work"]) == (1000, 518)
     for path in (broken / "model.bin", broken):
         os.utime(path, (now - 2 * DAY, now - 2 * DAY))
-    expected = {f"leases/merged/{name}": "left by a process" for name in ("old.1", "old.1.beat")}
-    assert place.gc(now) == {**expected, str(broken): "left by a process"}
+    left += ["leases/merged/old.1", "leases/merged/old.1.beat", str(broken)]
+    assert place.gc(now) == dict.fromkeys(left, "left by a process")
+    assert len(list(place.store.list_files("unfinished"))) == 2, "a scoring that is at work for more than a day"
     assert len(list(place.store.list_files("leases"))) == 2, "whose holder is at work for more than a day"
     assert not broken.with_suffix(".lock").exists()
 
