@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.screen import show_progress, visible
+from flows.screen import SafeConsole, show_progress, visible
 from tasks.core.errors import ConfigError, ForgetlessError
 from tasks.core.manifest import read_manifest, run_ids
 from tasks.core.store import Store
@@ -183,8 +183,8 @@ class Screen:
         self, speakers: list[Speaker], sampling: "Sampling", once: bool = False, console: Console | None = None
     ) -> None:
         self.speakers, self.sampling, self.once = speakers, sampling, once
-        self.console = console or Console(highlight=False)
-        self.notes = Console(stderr=True, highlight=False)
+        self.console = console or SafeConsole(highlight=False)
+        self.notes = SafeConsole(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
         self.notes.print(Text(text, "dim"), soft_wrap=True)

@@ -76,10 +76,13 @@ def _raising_on_sigterm() -> Iterator[None]:
 
 
 def _fail(arguments: argparse.Namespace, text: str, code: int) -> int:
+    from tasks.core.addresses import without_secrets
+
+    text = without_secrets(text)
     if getattr(arguments, "json", False):
-        print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
-    for line in text.splitlines():
-        print(f"forgetless: {line}", file=sys.stderr)
+        _print_json({"error": text, "exit_code": code}, indent=None)
+    for line in text.split("\n"):
+        _say(f"forgetless: {line}", sys.stderr)
     return code
 
 
@@ -340,8 +343,18 @@ def _between(kind: Callable[[str], float], low: float, high: float) -> Callable[
     return number
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1))
+def _say(text: str, file: Any = None) -> None:
+    from flows.screen import visible
+
+    print(visible(text), file=file)
+
+
+def _print_json(value: Any, indent: int | None = 1) -> None:
+    """Print JSON in which no character steers a terminal; read again, it says the same."""
+    from flows.screen import CONTROLS
+
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    print(text.translate({code: f"\\u{code:04x}" for code in CONTROLS}))
 
 
 def _open_store(arguments: argparse.Namespace) -> Any:
@@ -354,6 +367,7 @@ def _open_store(arguments: argparse.Namespace) -> Any:
 def _run(arguments: argparse.Namespace) -> int:
     from flows.plan import plan_run
     from flows.screen import RunScreen
+    from tasks.core.addresses import hide, hide_in_override
     from tasks.core.config import load_recipe
     from tasks.core.manifest import new_run_id
     from tasks.core.settings import read_settings
@@ -365,15 +379,15 @@ def _run(arguments: argparse.Namespace) -> int:
     store = open_store(settings)
     check_writable(store)
     for note in plan_run(recipe, store)["notes"]:
-        print(f"forgetless: {note}", file=sys.stderr)
+        _say(f"forgetless: {note}", sys.stderr)
     run_id = new_run_id(recipe.name)
     with RunScreen(run_id, enabled=not arguments.json):
         from flows.finetune import finetune
 
         manifest = finetune(
             recipe=arguments.recipe,
-            overrides=arguments.overrides,
-            data=arguments.data,
+            overrides=[hide_in_override(override) for override in arguments.overrides],  # Prefect keeps parameters
+            data=arguments.data and hide(arguments.data),
             store=settings.store_url,
             gate=arguments.gate,
             run_id=run_id,
@@ -385,7 +399,7 @@ def _show_result(arguments: argparse.Namespace, manifest: Any, store: Any) -> in
     from flows.screen import show_summary
 
     if arguments.json:
-        print(manifest.model_dump_json())
+        _print_json(json.loads(manifest.model_dump_json()), indent=None)
     else:
         show_summary(manifest, store)
     return GATE_CODES[manifest.judged.verdict] if arguments.gate and manifest.judged else 0
@@ -438,7 +452,7 @@ def _runs(arguments: argparse.Namespace) -> int:
         try:
             manifests.append(read_manifest(store, run_id))
         except ForgetlessError as error:  # one unreadable run must not hide the others
-            print(f"forgetless: {error}", file=sys.stderr)
+            _say(f"forgetless: {error}", sys.stderr)
     if arguments.json:
         _print_json([m.model_dump(mode="json") for m in manifests])
     else:
@@ -455,7 +469,7 @@ def _show(arguments: argparse.Namespace) -> int:
         return _show_lineage(arguments, store)
     manifest = read_manifest(store, arguments.run)
     if arguments.json:
-        print(manifest.model_dump_json())
+        _print_json(json.loads(manifest.model_dump_json()), indent=None)
     else:
         show_summary(manifest, store)
     return 0
@@ -469,7 +483,7 @@ def _show_lineage(arguments: argparse.Namespace, store: Any) -> int:
         _print_json(found)
     else:
         for depth, name, fact in origin_lines(found):
-            print(f"{'  ' * depth}{name:<{16 - 2 * depth}} {fact}")
+            _say(f"{'  ' * depth}{name:<{16 - 2 * depth}} {fact}")
     return 0
 
 
@@ -552,7 +566,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
         sheet = evaluate(config, evaluation, adapter, arguments.method, settings.store_url)
     if arguments.json:
-        print(sheet.model_dump_json())
+        _print_json(json.loads(sheet.model_dump_json()), indent=None)
     else:
         show_scores(evaluation, sheet)
     return 0
@@ -566,7 +580,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     store = _open_store(arguments)
     found = explain_run(store, read_manifest(store, arguments.run))
     if arguments.json:
-        print(found.model_dump_json())
+        _print_json(json.loads(found.model_dump_json()), indent=None)
     else:
         show_explanation(found)
     return 0
@@ -595,7 +609,7 @@ def _curve(arguments: argparse.Namespace) -> int:
         else:
             curve = shipping.scale_adapter(arguments.run, arguments.at or shipping.STRENGTHS, url)
     if arguments.json:
-        print(curve.model_dump_json())
+        _print_json(json.loads(curve.model_dump_json()), indent=None)
     else:
         show_curve(curve, arguments.by)
     return 0
@@ -706,7 +720,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json(result)
     else:
-        print(text)
+        _say(text)
     return 0
 
 
@@ -728,10 +742,10 @@ def _show_move(arguments: argparse.Namespace, done: dict[str, Any]) -> int:
         _print_json(done)
         return 0
     replaced = "" if done["replaced"] is None else f", before version {done['replaced']}"
-    print(f"{done['name']}:{done['alias']} is version {done['version']} (run {done['run']}){replaced}.")
+    _say(f"{done['name']}:{done['alias']} is version {done['version']} (run {done['run']}){replaced}.")
     for line in (done["ollama"] and f"In Ollama too: ollama run {done['ollama']}", done["note"]):
         if line:
-            print(line)
+            _say(line)
     return 0
 
 
@@ -767,7 +781,7 @@ def _push(arguments: argparse.Namespace) -> int:
         _print_json(done)
     else:
         where = f"Wrote {done['folder']}" if dry_run else f"Pushed to {done['url']}"
-        print(f"{where}: {', '.join(done['files'])}.")
+        _say(f"{where}: {', '.join(done['files'])}.")
     return 0
 
 
@@ -866,7 +880,7 @@ def _store_rm(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"removed": path})
     else:
-        print(f"Removed {path}." + (" Its artifacts: forgetless store gc" if path.startswith("runs/") else ""))
+        _say(f"Removed {path}." + (" Its artifacts: forgetless store gc" if path.startswith("runs/") else ""))
     return 0
 
 
@@ -951,7 +965,7 @@ def _data_convert(arguments: argparse.Namespace) -> int:
     print(f"forgetless: {written:,} rows written{f' to {arguments.out}' if arguments.out else ''}.", file=sys.stderr)
     for r in refused:
         left = f"{r['rows']:,} left out: {r['reason']}, first {r['first']}: {r['detail']}"
-        print(f"forgetless: {left}", file=sys.stderr)
+        _say(f"forgetless: {left}", sys.stderr)
     return 0
 
 

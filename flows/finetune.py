@@ -25,6 +25,7 @@ from flows.plan import base_licence
 from flows.prepare_data import prepare_data, tokenise_data
 from flows.score_model import score_model
 from flows.train_adapter import train_adapter
+from tasks.core.addresses import without_secrets
 from tasks.core.config import CombineConfig, PlacementConfig, Recipe, load_recipe
 from tasks.core.errors import ForgetlessError
 from tasks.core.hardware import describe_machine
@@ -301,7 +302,7 @@ class Run:
             except BaseException as error:
                 self.manifest.status = "failed"
                 known = isinstance(error, ForgetlessError)
-                self.manifest.error = str(error) if known else f"{type(error).__name__}: {error}"
+                self.manifest.error = without_secrets(str(error) if known else f"{type(error).__name__}: {error}")
                 if self.manifest.ollama and self.manifest.ollama.created:  # the transaction took it back
                     name, self.manifest.ollama = self.manifest.ollama.name, None
                     self.note(

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -53,18 +54,27 @@ SEVERITIES = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 ROLE_STYLES = {"system": "magenta", "user": "bold cyan", "assistant": "bold green"}
 SHOWN_CHARS = 300  # of an item's question or answer
 LEARNED_STYLE = "bold black on green"
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
-    code: 0xFFFD for code in range(0x7F, 0xA0)
-}
+TURNS = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # let what follows run the other way
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
+    [*range(0x7F, 0xA0), 0x2028, 0x2029, *TURNS], 0xFFFD
+)
 DRAWN = (64, 14)  # columns and rows of a drawing
 STATUS_STYLE = {"gained": "green", "kept": "green", "lost": "red", "forgot": "red"}
+
+
+class SafeConsole(Console):
+    """A console whose texts cannot steer the terminal: rows, answers, names and errors come from anywhere."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 class RunScreen:
     """Shows the stages of a run in this process: live bars on a terminal, a line per stage elsewhere (on stderr)."""
 
     def __init__(self, run_id: str, enabled: bool) -> None:
-        self.console = Console(file=sys.stderr, highlight=False)  # the real one, whatever is redirected later
+        self.console = SafeConsole(file=sys.stderr, highlight=False)  # the real one, whatever is redirected later
         self.enabled = enabled
         self.run_id = run_id
         self.began = time.monotonic()
@@ -629,7 +639,7 @@ def show_removed(done: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def show_progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows what is being done, in a line of a terminal that goes away; elsewhere nothing."""
-    with Console(file=sys.stderr, highlight=False).status("Starting") as status:
+    with SafeConsole(file=sys.stderr, highlight=False).status("Starting") as status:
 
         def say(text: str) -> None:
             status.update(Text(text))
@@ -729,7 +739,7 @@ def visible(text: str) -> str:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     if not console.is_terminal:
         console.width = 120  # a file or a pipe has no width to respect
     return console

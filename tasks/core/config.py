@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from tasks.core.addresses import hide, without_secrets
 from tasks.core.errors import ConfigError
 from tasks.core.ollama import is_alias, name_problem, parameter_problems
 
@@ -57,6 +58,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
     license: str | None = Field(None, min_length=1, description="Its licence, where its card states none or another.")
 
+    _secrets_stay_out = field_validator("base")(hide)
+
 
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "pairs", "lccc", "seed_tasks", "text"]
 Column = Literal["prompt", "query", "response", "system", "history", "messages", "tools", "text"]
@@ -83,6 +86,8 @@ class SourceConfig(Section):
     license: str | None = Field(None, min_length=1, description="Its licence (cc-by-4.0, say); a Hub card's if null.")
     max_rows: int | None = Field(None, ge=1, description="Read at most this many rows.")
     weight: float = Field(1.0, gt=0, le=100, description="How often a row is seen per epoch: 2 twice, 0.5 every other.")
+
+    _secrets_stay_out = field_validator("path")(hide)
 
 
 def _as_sources(value: Any) -> Any:
@@ -803,7 +808,7 @@ def _validated(kind: type[Sections], raw: dict[str, Any], problems: list[str], n
     try:
         sections = kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([*problems, *(_sentence(e, name, kind) for e in error.errors())]) from None
+        raise ConfigError([*problems, *(without_secrets(_sentence(e, name, kind)) for e in error.errors())]) from None
     if problems:
         raise ConfigError(problems)
     return sections
@@ -813,20 +818,21 @@ def _apply_overrides(raw: dict[str, Any], overrides: list[str]) -> list[str]:
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
+        told = without_secrets(override)
         if not equals or not key:
-            problems.append(f"--set {override!r}: expected section.key=value, such as train.rank=8.")
+            problems.append(f"--set {told!r}: expected section.key=value, such as train.rank=8.")
             continue
         *parents, last = key.strip().split(".")
         node: Any = raw
         for parent in parents:
             node = node.setdefault(parent, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict):
-            problems.append(f"--set {override!r}: {'.'.join(parents)} is not a section.")
+            problems.append(f"--set {told!r}: {'.'.join(parents)} is not a section.")
             continue
         try:
             node[last] = yaml.safe_load(text)
         except yaml.YAMLError:
-            problems.append(f"--set {override!r}: {text!r} is not a valid value.")
+            problems.append(f"--set {told!r}: {without_secrets(text)!r} is not a valid value.")
     return problems
 
 

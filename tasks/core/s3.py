@@ -20,6 +20,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tasks.core.addresses import shown, without_secrets
 from tasks.core.cache import held_folder, hold, trim_cache
 from tasks.core.digest import canonical_json
 from tasks.core.errors import StoreError, describe_os_error
@@ -69,7 +70,15 @@ class S3Store:
         try:
             self.client = boto3.client("s3", config=config)
         except ValueError as error:
-            raise StoreError(f"{error}. Set AWS_ENDPOINT_URL_S3 to http(s)://host[:port].") from None
+            raise StoreError(
+                f"{without_secrets(str(error))}. Set AWS_ENDPOINT_URL_S3 to http(s)://host[:port]."
+            ) from None
+        endpoint = self.client.meta.endpoint_url
+        if shown(endpoint) != endpoint:
+            raise StoreError(
+                f"AWS_ENDPOINT_URL_S3 holds more than an address ({shown(endpoint)}). Set it to http(s)://host[:port], "
+                "and the credentials as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         self.bucket, self.prefix = bucket, prefix
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.cache, self.cache_limit = cache, cache_limit

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.core.addresses import hide, shown
 from tasks.core.errors import ConfigError
 
 STORE_VARIABLE = "FORGETLESS_STORE"
@@ -29,6 +30,11 @@ class Settings:
 def read_settings(store: str | None = None) -> Settings:
     """Return the settings of this process; `store` (from the command line) wins over the environment."""
     url = store or os.environ.get(STORE_VARIABLE) or ".forgetless"
+    if shown(url) != url:
+        raise ConfigError(
+            f"The store's address {shown(url)} was given with a user, a password, a query or a fragment, which do not "
+            "belong in it. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+        )
     if "://" not in url:
         url = Path(url).expanduser().absolute().as_uri()
     cache = Path(os.environ.get("FORGETLESS_CACHE") or Path.home() / ".cache" / "forgetless")
@@ -53,14 +59,14 @@ def _bytes(text: str) -> int:
 
 
 def ollama_url(host: str) -> str:
-    """Return `host` as a base URL, with Ollama's own defaults for scheme and port."""
+    """Return `host` as a base URL, with Ollama's own defaults for scheme and port, its password hidden."""
     scheme, _, rest = host.rpartition("://")
     name, _, path = rest.partition("/")
     if name.startswith("0.0.0.0"):  # what a server binds to, not what a client can call
         name = name.replace("0.0.0.0", "127.0.0.1", 1)
     if ":" not in name and scheme != "https":
         name += ":11434"
-    return f"{scheme or 'http'}://{name}{'/' + path if path else ''}".rstrip("/")
+    return hide(f"{scheme or 'http'}://{name}{'/' + path if path else ''}".rstrip("/"))
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from tasks.core.addresses import reveal, shown
 from tasks.core.digest import sha256
 from tasks.core.errors import DataError
 from tasks.core.progress import report_progress
@@ -39,21 +40,9 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def shown(address: str) -> str:
-    """Return a path as it is, and an address without what may be secret in it: the user, the query, the fragment."""
-    scheme, separator, rest = address.partition("://")
-    if not separator:
-        return address
-    place = rest if scheme == "s3" else re.split(r"[?#]", rest, maxsplit=1)[0]
-    server, slash, path = place.partition("/")
-    server = server.rpartition("@")[2]
-    if not re.fullmatch(r"[\w.-]*|\[[\da-fA-F:]+\]", re.sub(r":\d*$", "", server)):
-        return f"{scheme}://…"  # a password that was not escaped, most likely
-    return f"{scheme}://{server}{slash}{path}"
-
-
 def list_remote(path: str) -> list[Remote]:
     """Return the files that an address names: itself, or those under an s3 prefix or glob. Raises DataError."""
+    path = reveal(path)
     where = shown(path)
     scheme = path.partition("://")[0].lower()
     if scheme == "s3":

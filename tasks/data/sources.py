@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import unquote
 
+from tasks.core.addresses import shown
 from tasks.core.config import Column, DataConfig, ReplayConfig, SourceConfig, Tag
 from tasks.core.digest import content_digest, file_sha256, sha256
 from tasks.core.errors import DataError
 from tasks.core.licences import licence_of_card
 from tasks.core.records import LicenceRef
-from tasks.data.downloads import fetch, is_remote, list_remote, shown
+from tasks.data.downloads import fetch, is_remote, list_remote
 from tasks.data.files import (
     ARCHIVES,
     SUFFIXES,

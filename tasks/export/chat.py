@@ -24,7 +24,7 @@ from tasks.core.store import Store
 from tasks.export.ollama import is_reachable, read_context, read_digest, stream_chat
 from tasks.export.register import model_name
 from tasks.models.base import locate_base, open_base, read_gguf_metadata
-from tasks.models.template import Message, render
+from tasks.models.template import Message, check_template, render
 from tasks.models.tokenizer import load_tokenizer
 
 Kind = Literal["auto", "adapter", "merged", "gguf", "ollama"]
@@ -86,6 +86,7 @@ class GgufModel:
         template = metadata.get("tokenizer.chat_template")
         if not template:
             raise ModelError(f"{path} has no chat template, so there is no telling a question from its answer.")
+        check_template(template, str(path))
         made_for = int(metadata.get(f"{metadata.get('general.architecture')}.context_length", MOST_CONTEXT))
         # llama.cpp would read prompts with every core, and its threads wait for each other without sleeping: beside
         # another busy process a prompt took five times as long with two threads on two cores as with one.
@@ -110,11 +111,9 @@ class GgufModel:
         self.label, self.system = f"{name} (llama.cpp)", system
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        from jinja2 import TemplateError
-
         try:
             text = self.formatter(messages=messages).prompt  # type: ignore[arg-type]
-        except (TemplateError, ValueError) as error:
+        except Exception as error:  # its own refusal, the sandbox's, or whatever a broken one raises
             roles = ", ".join(message["role"] for message in messages)
             raise ModelError(f"The file's chat template refuses a conversation of {roles}: {error}") from None
         return list(self.llama.tokenize(text.encode(), add_bos=False, special=True))

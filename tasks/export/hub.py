@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.core.addresses import shown
 from tasks.core.errors import ConfigError, ExportError
 from tasks.core.records import BaseRef, GgufRef, TrainedRef
 
@@ -199,8 +200,8 @@ def push_folder(folder: Path, repo: str, private: bool, message: str) -> Pushed:
         left = _undo(api, repo) if created else ""
         if isinstance(error, ExportError) or not isinstance(error, Exception):
             raise
-        raise ExportError(_sentence(error, repo, api.endpoint) + left) from None
-    return Pushed(repo, f"{api.endpoint}/{repo}", commit.oid, created, bool(found.private if found else private))
+        raise ExportError(_sentence(error, repo, shown(api.endpoint)) + left) from None
+    return Pushed(repo, f"{shown(api.endpoint)}/{repo}", commit.oid, created, bool(found.private if found else private))
 
 
 def _undo(api: Any, repo: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import httpx
 
+from tasks.core.addresses import reveal, shown
 from tasks.core.digest import canonical_json, sha256
 from tasks.core.errors import ExportError, describe_os_error
 from tasks.core.ollama import name_problem, parameter_problems
@@ -272,12 +273,6 @@ def register_model(
             left += _try_delete(client, previous)  # the copy made just now, or by a run that was killed
     replaced = present if present != digest else None
     return Registered(name, digest, present == digest, version, replaced, generation, template, compared, left.strip())
-
-
-def shown_url(base_url: str) -> str:
-    """Return the address for a message or a record, without a password it may hold."""
-    url = httpx.URL(base_url)
-    return f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
 
 
 def move_alias(base_url: str, name: str, alias: str) -> str:
@@ -625,12 +620,12 @@ def _check_version(client: httpx.Client, version: str) -> None:
 def _connect(base_url: str, timeout_seconds: float | None = None) -> httpx.Client:
     """Return a client that uses no proxy and follows no redirect, so that weights go nowhere but to `base_url`."""
     try:
-        url = httpx.URL(base_url)
+        url = httpx.URL(reveal(base_url))
     except httpx.InvalidURL:
         url = httpx.URL()
     if url.scheme not in ("http", "https") or not url.host:
         raise ExportError(
-            f"Expected Ollama's address as http://host:port, found {base_url!r}. "
+            f"Expected Ollama's address as http://host:port, found {shown(base_url)!r}. "
             "Set OLLAMA_HOST, such as 127.0.0.1:11434."
         )
     seconds = timeout_seconds or ANSWER_SECONDS
@@ -639,7 +634,7 @@ def _connect(base_url: str, timeout_seconds: float | None = None) -> httpx.Clien
 
 
 def _where(client: httpx.Client) -> str:
-    return shown_url(str(client.base_url))
+    return shown(str(client.base_url)).rstrip("/")
 
 
 def _call(

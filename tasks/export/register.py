@@ -23,7 +23,6 @@ from tasks.export.ollama import (
     push_model,
     read_digest,
     register_model,
-    shown_url,
 )
 from tasks.export.prompts import go_templates, prompt_cases
 from tasks.models.encode import common_start
@@ -86,7 +85,7 @@ def register(
     folder = store.local_folder(gguf.artifact)
     if is_reachable(url) is None:
         note = f"cd {folder} && ollama create {name} -f {gguf.modelfile}"
-        return OllamaRef(name=name, url=shown_url(url), registered=False, note=note)
+        return OllamaRef(name=name, url=url, registered=False, note=note)
     tokenizer = load_tokenizer(store.local_folder(merged.artifact), "auto")
     templates = go_templates(tokenizer, gguf.system)
     options = export.ollama_parameters
@@ -94,7 +93,7 @@ def register(
     # The digest that Ollama gave at the last registration tells whether it still holds the same model.
     memory = f"registry/ollama/{name.replace('/', '--').replace(':', '--')}.json"
     known = json.loads(store.read_bytes(memory) or b"{}")
-    entry = known.get(shown_url(url))
+    entry = known.get(url)
     last = OllamaRef(**entry["record"]) if isinstance(entry, dict) and entry["inputs"] == inputs else None
     done = register_model(
         url,
@@ -119,7 +118,7 @@ def register(
     unseen = "" if done.compared else f"Its prompts were not compared: Ollama {done.version} does not show them."
     ref = OllamaRef(
         name=name,
-        url=shown_url(url),
+        url=url,
         registered=True,
         created=not done.reused and done.replaced is None,
         digest=done.digest,
@@ -197,16 +196,14 @@ def follow(store: Store, name: str, alias: str) -> InOllama:
         if is_reachable(url) is None:
             if version.ollama:
                 raise ExportError(
-                    f"No Ollama answers at {shown_url(url)}, where {model} would get the name {tag}. Start it (ollama "
+                    f"No Ollama answers at {url}, where {model} would get the name {tag}. Start it (ollama "
                     "serve), or set OLLAMA_HOST, then do it again."
                 )
-            done = InOllama(None, f"No Ollama answers at {shown_url(url)}, so no name was moved there.")
+            done = InOllama(None, f"No Ollama answers at {url}, so no name was moved there.")
         elif read_digest(url, model):
             done = InOllama(tag, move_alias(url, model, tag))
         elif version.ollama:
-            raise ExportError(
-                f"Ollama at {shown_url(url)} has no {model}, which would get the name {tag}. Register it: {again}"
-            )
+            raise ExportError(f"Ollama at {url} has no {model}, which would get the name {tag}. Register it: {again}")
         else:
             done = InOllama(None, f"It is not in Ollama, where {tag} stays what it is. Register it: {again}")
         try:

@@ -4,7 +4,11 @@ Marks come from rendering a conversation's prefixes, not from token ids: a model
 (SmolLM2 does), and masking by id would then hide every stop from the loss.
 """
 
+import functools
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -62,6 +66,27 @@ def apply_named_template(tokenizer: Any, name: str, base: str) -> None:
             f"The base model {base} ships no chat template. Name one with model.template "
             f"(--set model.template=...): {', '.join(NAMED_TEMPLATES)}."
         )
+    else:
+        own = tokenizer.chat_template
+        for template in own.values() if isinstance(own, dict) else [own]:
+            check_template(template, base)
+
+
+@functools.cache
+def check_template(template: str, base: str) -> None:
+    """Raise ModelError for a chat template that takes too long, too much memory or writes too much for conversations of
+    a few words. A template is a program of whoever made the model: it runs in a sandbox, but that has no such limits."""
+    probe = [sys.executable, "-I", str(Path(__file__).with_name("template_probe.py"))]
+    try:
+        ended = subprocess.run(probe, input=template.encode(), capture_output=True, timeout=120, check=False).returncode
+    except subprocess.TimeoutExpired:
+        ended = -1
+    if ended:
+        what = "takes more memory or writes more than any needs" if ended > 0 else "did not come to an end"
+        raise ModelError(
+            f"The chat template of {base} {what} for a conversation of a few words: it is broken or hostile. "
+            f"Name another with model.template (--set model.template=...): {', '.join(NAMED_TEMPLATES)}."
+        )
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -73,9 +98,12 @@ def render(tokenizer: Any, messages: list[Message], answer_next: bool = False) -
     """Return the conversation as the text the model sees; with `answer_next`, up to where the assistant would write."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-    except TemplateError as error:  # Gemma's refuses a system turn, others two turns of one role
+    except (
+        Exception
+    ) as error:  # Gemma's refuses a system turn, others two turns of one role; broken ones raise anything
         roles = ", ".join(message["role"] for message in messages)
-        raise ModelError(f"The base's chat template refuses a conversation of {roles}: {error}") from None
+        said = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise ModelError(f"The base's chat template refuses a conversation of {roles}: {said}") from None
     assert isinstance(text, str)
     return text
 

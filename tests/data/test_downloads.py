@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from tasks.core.addresses import shown
 from tasks.core.config import SourceConfig
 from tasks.core.errors import DataError
 from tasks.core.progress import watch_progress
 from tasks.data import downloads
-from tasks.data.downloads import shown
 from tasks.data.formats import Row
 from tasks.data.sources import content_identity, read_rows, source_name
 
