@@ -88,7 +88,10 @@ def _fail(arguments: argparse.Namespace, text: str, code: int) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"forgetless: {message}. See: {self.prog} --help\n")
+        from flows.screen import visible
+        from tasks.core.addresses import without_secrets
+
+        self.exit(2, f"forgetless: {visible(without_secrets(message))}. See: {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -631,13 +634,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
     store = open_store(settings)
     check_writable(store)
     for note in plan_run(found.recipe, store)["notes"]:
-        print(f"forgetless: {note}", file=sys.stderr)
+        _say(f"forgetless: {note}", sys.stderr)
     with show_trials(enabled=not arguments.json):
         from flows.sweep import sweep
 
         done = sweep(search, **asked, store=settings.store_url, concurrency=arguments.concurrency)
     if arguments.json:
-        print(done.model_dump_json())
+        _print_json(json.loads(done.model_dump_json()), indent=None)
     else:
         show_sweep(done)
     return 0

@@ -70,7 +70,7 @@ def check_data(sections: Recipe | DataSections, folder: Path, say: Say) -> dict[
             base = locate_tokenizer(sections.model, Path(scratch))
         say("Reading and cleaning")
         fields = prepare_dataset(sections.data, folder, items, lambda rows: say(f"Cleaned {rows:,} rows"), watch)
-        nowhere = ArtifactRef(kind="dataset", key="", uri=folder.absolute().as_uri(), content="", size_bytes=0)
+        nowhere = ArtifactRef(kind="dataset", key="none", uri=folder.absolute().as_uri(), content="none", size_bytes=0)
         dataset = DatasetRef(artifact=nowhere, **fields)
         kept = sum(dataset.rows.values())
         say(f"Checking {kept:,} rows")

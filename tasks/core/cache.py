@@ -15,6 +15,14 @@ from pathlib import Path
 _held: dict[Path, int] = {}
 
 
+def make_cache(cache: Path) -> Path:
+    """Return the cache's folder, made for its user alone: it has copies of rows, answers and models. Raises OSError."""
+    if not cache.is_dir():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(mode=0o700, exist_ok=True)
+    return cache
+
+
 @contextlib.contextmanager
 def held_folder(parent: Path) -> Iterator[Path]:
     """Yield a new folder in `parent` that is held within, and removed afterwards. Raises OSError."""

@@ -51,6 +51,15 @@ class ConflictError(ForgetlessError):
     """Another was faster at what only one can do. Nothing was changed."""
 
 
+def one_line(error: Exception) -> str:
+    """Return what an error says in one line, of a pydantic one which field is wrong and why."""
+    from pydantic import ValidationError  # here, as the command line's help needs the other types alone
+
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
+    return " ".join(str(error).split())
+
+
 def describe_os_error(error: OSError, what: str) -> str:
     """Return one sentence for an operating-system error met while doing `what`."""
     import errno

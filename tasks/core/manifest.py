@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.config import CombineConfig, ExportConfig, Recipe, TrainConfig
 from tasks.core.digest import canonical_json, content_digest, file_sha256
-from tasks.core.errors import ConfigError, ForgetlessError, StoreError
+from tasks.core.errors import ConfigError, ForgetlessError, StoreError, one_line
 from tasks.core.records import (
     AdapterRef,
     ArtifactRef,
@@ -37,7 +37,7 @@ from tasks.core.stages import Stage
 from tasks.core.store import Store, find_artifact, stored
 
 VERSION = 1
-RUN_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
+RUN_ID = r"^[a-z0-9][a-z0-9._-]*$"
 STAGES = (
     *("dataset", "validate", "base", "tokens", "before", "train", "after"),
     *("compare", "merge", "gguf", "proof", "ollama", "publish"),
@@ -60,7 +60,7 @@ class RunManifest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     version: int = VERSION
-    run_id: str
+    run_id: str = Field(pattern=RUN_ID)
     recipe: Recipe
     combine: CombineConfig | None = None
     """Where the run combines others in place of training; data and train of its recipe are then the first one's."""
@@ -125,7 +125,7 @@ def new_run_id(name: str, now: datetime | None = None) -> str:
 
 
 def manifest_path(run_id: str) -> str:
-    if not RUN_ID.match(run_id):
+    if not re.fullmatch(RUN_ID, run_id):
         raise ForgetlessError(f"{run_id!r} is not a run's name: expected lower-case letters, digits, dots and dashes.")
     return f"runs/{run_id}/manifest.json"
 
@@ -165,7 +165,7 @@ def parse_manifest(data: bytes, run_id: str) -> RunManifest:
             raw = UPGRADES[raw["version"]](raw)
         return RunManifest.model_validate(raw)
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"The manifest of run {run_id} cannot be read: {error}") from None
+        raise StoreError(f"The manifest of run {run_id} cannot be read: {one_line(error)}") from None
 
 
 def run_ids(store: Store) -> list[str]:

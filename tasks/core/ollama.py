@@ -58,6 +58,8 @@ def name_problem(name: str) -> str | None:
 
 def is_alias(tag: str) -> bool:
     """Return whether `tag` can be an alias: Ollama takes it for a tag, and it is no version's, 8 hexadecimal digits."""
+    if not re.fullmatch(_PART, tag, re.ASCII):
+        return False
     return name_problem(f"model:{tag}") is None and not re.fullmatch("[0-9a-f]{8}", tag.lower())
 
 

@@ -1,13 +1,18 @@
 """Records: the small typed facts that cross a stage, a process or a work pool. Never a model or a client."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 SNAPSHOTS = "snapshots"
 PushKind = Literal["adapter", "merged", "gguf"]
 """What of a run goes to the Hub."""
+
+
+# What stands in a store was written by others: a name there is one part of a path, and leads nowhere else.
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+FileName = Annotated[str, Field(pattern=r"^\w[^/\\\x00-\x1f\x7f]*$")]
 
 
 class Record(BaseModel):
@@ -17,10 +22,10 @@ class Record(BaseModel):
 class ArtifactRef(Record):
     """A finished artifact: `key` names what it was made from, `content` is the digest of its files' bytes."""
 
-    kind: str
-    key: str
+    kind: Name
+    key: Name
     uri: str
-    content: str
+    content: Name
     size_bytes: int
     reused: bool = False
 
@@ -342,7 +347,7 @@ class RunComparison(Record):
 class FileRef(ArtifactRecord):
     """One file of an artifact."""
 
-    name: str
+    name: FileName
     sha256: str
 
 
@@ -370,16 +375,16 @@ class ModelRef(ArtifactRecord):
 
 
 class GgufRef(ArtifactRecord):
-    files: dict[str, str]
+    files: dict[str, FileName]
     """File name in the artifact by quantisation."""
-    extras: dict[str, str] = {}
+    extras: dict[str, FileName] = {}
     """The other files: adapter (LoRA alone), base (what it was trained on, where rounded), imatrix."""
     sha256: dict[str, str]
     sizes_bytes: dict[str, int]
     imatrix_tokens: int | None = None
     """Tokens of training rows that the importance matrix was measured on, and the seconds it took."""
     imatrix_seconds: float | None = None
-    modelfile: str
+    modelfile: FileName
     system: str | None
     """System prompt of the Modelfile: the recipe's, or the one the chat template adds by itself."""
     prompt: str

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tasks.core.addresses import shown, without_secrets
-from tasks.core.cache import held_folder, hold, trim_cache
+from tasks.core.cache import held_folder, hold, make_cache, trim_cache
 from tasks.core.digest import canonical_json
 from tasks.core.errors import StoreError, describe_os_error
 from tasks.core.progress import report_progress
 from tasks.core.records import ArtifactRef
 from tasks.core.retry import WrongBytes, error_code, is_unknown_host, retried
-from tasks.core.store import MARKER, PIECE_BYTES, PROBE, StoredFile, read_marker
+from tasks.core.store import MARKER, PIECE_BYTES, PROBE, StoredFile, check_marker, read_marker
 
 MIB = 1 << 20
 PART = 8 * MIB  # S3 takes 5 MiB to 5 GiB, and 10,000 of them
@@ -228,11 +228,11 @@ class S3Store:
 
     @contextlib.contextmanager
     def work_folder(self) -> Iterator[Path]:
-        with held_folder(self.cache / "work") as folder:
+        with held_folder(make_cache(self.cache) / "work") as folder:
             yield folder
 
     def kept_folder(self, name: str) -> Path:
-        return self.cache / "work" / name
+        return make_cache(self.cache) / "work" / name
 
     # --- files up ---
 
@@ -342,6 +342,7 @@ class S3Store:
         marker = read_marker(self, ref.kind, ref.key)
         if marker is None or marker["artifact"]["content"] != ref.content:
             raise StoreError(f"{ref.uri} is not in the store any more. Run again to make it anew.")
+        check_marker(self, ref, marker)
         if self.cache_limit is not None:
             trim_cache(self.cache, self.cache_limit - ref.size_bytes)
         files = marker["files"]
@@ -353,9 +354,7 @@ class S3Store:
                 if hold(target):  # another process was first
                     return target
                 for name, facts in files.items():
-                    file = (folder / name).resolve()
-                    if not file.is_relative_to(folder.resolve()):
-                        raise StoreError(f"{ref.uri} names a file outside its folder: {name!r}.")
+                    file = folder / name
                     file.parent.mkdir(parents=True, exist_ok=True)
                     path = f"{self.files_path(ref)}/{name}"
                     with self._telling(f"read {path}"):

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlparse
 
 from tasks.core.cache import held_folder
 from tasks.core.digest import canonical_json, content_digest, file_sha256
-from tasks.core.errors import ForgetlessError, StoreError, describe_os_error
+from tasks.core.errors import ForgetlessError, StoreError, describe_os_error, one_line
 from tasks.core.lease import hold_lease
 from tasks.core.records import ArtifactRecord, ArtifactRef
 from tasks.core.settings import Settings
@@ -135,8 +135,28 @@ def read_marker(store: Store, kind: str, key: str) -> dict[str, Any] | None:
         raise _unreadable(store, path, error) from None
 
 
+def check_marker(store: Store, ref: ArtifactRef, marker: dict[str, Any]) -> None:
+    """Raise StoreError unless a marker's files stay in their folder and are those that `ref.content` stands for: who
+    writes into a store must not write onto this machine, nor slip in other files than were made."""
+    path = f"artifacts/{ref.kind}/{ref.key}"
+    try:
+        files: dict[str, Any] = marker["files"]
+        for name, facts in files.items():
+            if not re.fullmatch(r"[\w.@+ -]+(/[\w.@+ -]+)*", name) or {".", ".."} & set(name.split("/")):
+                raise StoreError(f"{ref.uri} names a file outside its folder, {name!r}: do not trust that store.")
+            if not isinstance(facts["size"], int) or facts["size"] < 0:
+                raise ValueError(f"{name} has {facts['size']!r} bytes")
+        found = content_digest({name: facts["sha256"] for name, facts in files.items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(store, path, error) from None
+    if found != ref.content:
+        raise _unreadable(store, path, ValueError("its files are not those of its digest"))
+
+
 def _unreadable(store: Store, path: str, error: Exception) -> StoreError:
-    return StoreError(f"{store.url}/{path}/{MARKER} cannot be read ({error}). Delete that folder to make it anew.")
+    return StoreError(
+        f"{store.url}/{path}/{MARKER} cannot be read ({one_line(error)}). Delete that folder to make it anew."
+    )
 
 
 def stored(
@@ -354,7 +374,14 @@ class FileStore:
             raise
 
     def local_folder(self, ref: ArtifactRef) -> Path:
-        return self._path(self.files_path(ref))
+        folder = self._path(self.files_path(ref))
+        for place, folders, names in os.walk(folder):
+            for name in (*folders, *names):
+                if os.path.islink(file := os.path.join(place, name)):
+                    raise StoreError(
+                        f"{ref.uri} holds a link, {file}, and might lead anywhere. Delete it and run again."
+                    )
+        return folder
 
 
 def _empty_partial(target: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tasks.core.addresses import reveal, shown
+from tasks.core.cache import make_cache
 from tasks.core.digest import sha256
 from tasks.core.errors import DataError
 from tasks.core.progress import report_progress
@@ -75,7 +76,8 @@ def _keep(remote: Remote, version: str | None, size_bytes: int | None, pieces: I
     report_progress("dataset", 0, 0, f"downloading {remote.name}, {size} bytes")
     part = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_cache(folder.parent)
+        folder.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix="part-", delete=False) as file:
             part = Path(file.name)
             for piece in pieces:

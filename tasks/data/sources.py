@@ -323,7 +323,14 @@ def _entry_place(entry: dict[str, Any], folder: Path, where: str) -> str:
     for key in ("hf_hub_url", "file_name", "cloud_file_name"):
         place = entry.get(key)
         if isinstance(place, str) and place:
-            return place if key == "hf_hub_url" or is_remote(place) else str(folder / place)
+            if key == "hf_hub_url" or is_remote(place):
+                return place
+            if not (folder / place).resolve().is_relative_to(folder.resolve()):
+                raise DataError(
+                    f"{where}: {key} leaves the folder of {INFO}: {place!r}. If you trust it, name that file itself as "
+                    "data.sources path."
+                )
+            return str(folder / place)
     others = [key for key in entry if key.endswith("_hub_url")]
     raise DataError(
         f"{where}: expected file_name or hf_hub_url, found {', '.join(others or entry) or 'nothing'}. "

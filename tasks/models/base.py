@@ -111,6 +111,8 @@ def _local_path(name: str) -> Path | None:
 
 def _packaged_file(name: str) -> Path:
     module, _, file = name.removeprefix("package:").partition("/")
+    if not re.fullmatch(r"\w+", module) or file.startswith("/") or ".." in file.split("/"):
+        raise ModelError(f"model.base {name!r} is not package:MODULE/FILE.gguf, a file inside an installed package.")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")

@@ -136,6 +136,8 @@ def load_shipped(
         dequantise(model, dtype)
     if adapter is None:
         return model.to(device)
+    if not (adapter / "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
+        raise ModelError(f"{adapter} has no adapter_model.safetensors; nothing else is read as an adapter.")
     settings = PeftConfig.from_pretrained(str(adapter))
     if settings.is_prompt_learning:
         tuned: Any = VirtualTokens(model, settings)

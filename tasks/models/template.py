@@ -75,7 +75,7 @@ def apply_named_template(tokenizer: Any, name: str, base: str) -> None:
 @functools.cache
 def check_template(template: str, base: str) -> None:
     """Raise ModelError for a chat template that takes too long, too much memory or writes too much for conversations of
-    a few words. A template is a program of whoever made the model: it runs in a sandbox, but that has no such limits."""
+    a few words. It is a program of whoever made the model, and the sandbox that it runs in has no such limits."""
     probe = [sys.executable, "-I", str(Path(__file__).with_name("template_probe.py"))]
     try:
         ended = subprocess.run(probe, input=template.encode(), capture_output=True, timeout=120, check=False).returncode

@@ -1,7 +1,8 @@
 """Renders a chat template from standard input in a process that may take little time and memory.
 
 Run as a program by tasks/models/template.py, which reads the exit code: 0 where every conversation was rendered or
-refused by the template, LONG where it took too much memory or wrote too much, or the system's signal. Imports nothing of this project.
+refused by the template, LONG where it took too much memory or wrote too much, or the system's signal. Imports nothing
+of this project.
 """
 
 import json

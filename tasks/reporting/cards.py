@@ -143,5 +143,6 @@ def delta_cells(d: Delta) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Return `text` so that it cannot be markup, a link or a table cell's end."""
-    return re.sub(r"([\\`*_\[\]|#<>!])", r"\\\1", html.escape(text, quote=False).replace("\n", " "))
+    """Return `text` so that it cannot be markup, a link, a line's or a table cell's end, nor turn what follows it."""
+    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", " ", text)
+    return re.sub(r"([\\`*_~\[\]|#<>!])", r"\\\1", html.escape(plain, quote=False))

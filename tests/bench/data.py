@@ -54,7 +54,7 @@ def prepare(rows: Path, count: int, base: Path, work: Path, data: Path) -> dict[
     cpu_seconds: dict[str, float] = {}
     with timed(seconds, cpu_seconds, "prepare"):
         fields = prepare_dataset(config, folders[0], index_items(read_items(data)), show_progress)
-    made = ArtifactRef(kind="dataset", key="-", uri="-", content="-", size_bytes=0)
+    made = ArtifactRef(kind="dataset", key="none", uri="-", content="none", size_bytes=0)
     record = DatasetRef(artifact=made, **fields)
     with timed(seconds, cpu_seconds, "validate"):
         passed, _ = validate_rows(folders[0], record, config, folders[1])

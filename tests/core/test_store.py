@@ -1,12 +1,17 @@
 """The store: the same promises on a folder and on an S3 server over HTTP."""
 
+import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks.core.digest import content_digest
 from tasks.core.errors import StoreError
 from tasks.core.records import ModelRef
 from tasks.core.s3 import S3Store
@@ -140,6 +145,95 @@ def test_a_full_disk_is_one_sentence(store: FileStore) -> None:
 def test_paths_cannot_leave_the_store(store: FileStore) -> None:
     with pytest.raises(StoreError, match="leaves the store"):
         store.write_bytes("../outside", b"x")
+
+
+def rewrite_marker(store: Store, change: Callable[[dict[str, Any]], None]) -> ModelRef:
+    """Return an artifact whose marker somebody else has changed since it was found."""
+    record = stored(store, STAGE, ModelRef, make)
+    path = f"artifacts/{STAGE.kind}/{STAGE.key}/_artifact.json"
+    marker = json.loads(store.read_bytes(path) or b"")
+    change(marker)
+    store.write_bytes(path, json.dumps(marker).encode())
+    return record
+
+
+NAMES = [
+    "../x",
+    "../../../x",
+    "/etc/x",
+    "a/../../x",
+    "..",
+    ".",
+    "",
+    "a//b",
+    "a\\..\\b",
+    "x\n",
+    "a\x00b",
+    "/tmp/{place}",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_marker_writes_nothing_outside_the_cache(name: str, s3_store: S3Store, tmp_path: Path) -> None:
+    store = s3_store
+    name = name.replace("/tmp/{place}", str(tmp_path / "outside"))
+    with contextlib.suppress(StoreError):  # a name that the test's server does not take
+        store.write_bytes(f"{store.files_path(stored(store, STAGE, ModelRef, make).artifact)}/{name}", b"evil")
+
+    def change(marker: dict[str, Any]) -> None:
+        marker["files"] = {name: {"sha256": hashlib.sha256(b"evil").hexdigest(), "size": 4}}
+        marker["artifact"]["content"] = content_digest({name: hashlib.sha256(b"evil").hexdigest()})
+
+    record = rewrite_marker(store, change)
+    found = find_artifact(store, STAGE, ModelRef)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match="names a file outside its folder, .*: do not trust that store."):
+        store.local_folder(found.artifact)
+    with pytest.raises(StoreError, match="is not in the store any more"):
+        store.local_folder(record.artifact)  # what was computed from it keeps its digest
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda marker: marker["files"]["model.bin"].update(size=-1),
+        lambda marker: marker["files"]["model.bin"].update(size="7"),
+        lambda marker: marker["files"]["model.bin"].update(sha256="0" * 64),
+        lambda marker: marker["files"].pop("model.bin"),
+        lambda marker: marker.update(files=["model.bin"]),
+        lambda marker: marker.pop("files"),
+        lambda marker: marker["files"].update({"more.bin": {"sha256": "0" * 64, "size": 1}}),
+    ],
+)
+def test_a_marker_that_lies_is_refused(s3_store: S3Store, change: Callable[[dict[str, Any]], None]) -> None:
+    record = rewrite_marker(s3_store, change)
+    with pytest.raises(StoreError, match="cannot be read .* Delete that folder to make it anew"):
+        s3_store.local_folder(record.artifact)
+
+
+@pytest.mark.parametrize("field", ["kind", "key", "content"])
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/b", "", ".x"])
+def test_an_artifact_is_named_by_parts_of_a_path(any_store: Store, field: str, name: str) -> None:
+    rewrite_marker(any_store, lambda marker: marker["artifact"].update({field: name}))
+    with pytest.raises(StoreError, match="cannot be read .* Delete that folder to make it anew"):
+        find_artifact(any_store, STAGE, ModelRef)
+
+
+def test_a_link_in_a_folder_store_leads_nowhere(store: FileStore, tmp_path: Path) -> None:
+    record = stored(store, STAGE, ModelRef, make)
+    secret = tmp_path / "secret"
+    secret.write_text("private")
+    folder = store.local_folder(record.artifact)
+    (folder / "model.bin").unlink()
+    (folder / "model.bin").symlink_to(secret)
+    with pytest.raises(StoreError, match="holds a link, .*model.bin, and might lead anywhere"):
+        store.local_folder(record.artifact)
+    (store.root / "runs").symlink_to(tmp_path)
+    for act in (store.read_bytes, store.delete, lambda path: list(store.stream(path))):
+        with pytest.raises(StoreError, match="leaves the store"):
+            act("runs/secret")
+    assert secret.read_text() == "private"
 
 
 def test_keys_depend_on_content_and_settings_not_on_names() -> None:

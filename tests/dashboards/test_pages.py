@@ -10,6 +10,7 @@ from streamlit.testing.v1 import AppTest
 from tasks.core.manifest import LiveCurve, write_manifest
 from tasks.core.store import FileStore
 from tests.dashboards import manifests as made
+from tests.hostile import SCRIPT, TEXTS, active_parts
 
 APP = str(Path(__file__).resolve().parents[2] / "dashboards" / "app.py")
 Show = Callable[..., AppTest]
@@ -351,3 +352,49 @@ def test_without_sweeps_or_with_a_damaged_one_it_is_said(show: Show, tmp_path: P
     assert "The record of sweep broken-1 cannot be read" in words(at)
     at = show("another", "sweep")
     assert "There is no such sweep in this store" in at.warning[0].value
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_text_from_outside_is_read_as_markdown(text: str, show: Show, tmp_path: Path) -> None:
+    """Whatever a row, an answer, a path or an error says: no element that reads Markdown makes a link, a picture, HTML,
+    a colour or a formula of it."""
+    run = made.promoted()
+    run.recipe = run.recipe.model_copy(update={"description": text})
+    run.recipe = run.recipe.model_copy(update={"model": run.recipe.model.model_copy(update={"base": text})})
+    run.notes = [text]
+    run.base = run.base.model_copy(update={"source": text})
+    run.dataset = run.dataset.model_copy(update={"sources": [text], "quarantined": {text: 1}, "formats": {text: 1}})
+    checks = [run.data_report.checks[0].model_copy(update={"observed": text, "expectation": text})]
+    run.data_report = run.data_report.model_copy(update={"checks": checks})
+    run.gguf = run.gguf.model_copy(update={"prompt": text, "sample": text})
+    run.report = run.report.model_copy(update={"reason": text})
+    run.adapter = run.adapter.model_copy(update={"notes": [text]})
+    run.ollama = run.ollama and run.ollama.model_copy(update={"note": text})
+    run.environment = {text: text}
+    run.stages["train"].note = text
+    failed = made.failed()
+    failed.error = text
+    broken = tmp_path / "runs" / "broken-20261122-000000-000"
+    store = FileStore(tmp_path)
+    for manifest in (run, failed):
+        write_manifest(store, manifest)
+    store.write_bytes(f"runs/{broken.name}/manifest.json", text.encode())
+    for at in (show(), show(run.run_id), show(failed.run_id), show(broken.name), show(text)):
+        for kind in (at.title, at.header, at.subheader, at.markdown, at.caption, at.error, at.warning, at.info):
+            for element in kind:
+                value = str(element.value)
+                assert not active_parts(value), (type(element).__name__, value)
+                assert not getattr(element, "allow_html", False)
+                assert ":red[x]" not in value.replace("\\:", "").replace(code(value), "")
+        for link in at.page_link:
+            assert not active_parts(link.value)
+    assert text in words(show(run.run_id)) or text == TEXTS[-1] or "\r" in text or "\u2028" in text
+
+
+def code(value: str) -> str:
+    """Return the code spans of a Markdown text, in which nothing is read."""
+    return next(iter(value.split("`")[1:2]), "\0")
+
+
+def test_the_script_would_be_found() -> None:
+    assert active_parts(SCRIPT)

@@ -96,7 +96,7 @@ def test_the_quickstart_rows_all_learn_something(smollm_folder: Path) -> None:
 
 BOMBS = {
     "two loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "a doubling": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "a doubling": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "a constant": "{{ 'x' * 10 ** 10 }}",
     "a filter": "{{ messages[0].content | center(10 ** 11) }}",

@@ -1,14 +1,18 @@
 """The card of a pushed run: what the Hub's own library reads in it, its licence, and nothing of this machine."""
 
+import itertools
+
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from markdown_it import MarkdownIt
 
 from tasks.core.manifest import RunManifest
 from tasks.core.records import LicenceRef
 from tasks.reporting.cards import write_card
 from tasks.reporting.hub_card import write_hub_card
 from tests.dashboards import manifests as made
+from tests.hostile import STEERING, TEXTS, active_parts
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -138,3 +142,32 @@ def test_the_runs_own_card_says_the_licences_too() -> None:
     card = write_card(run)
     assert "| Licence of faq.jsonl | not stated |" in card
     assert run.notes[0] in card
+
+
+def test_the_search_for_active_parts_finds_them() -> None:
+    assert all(active_parts(text) for text in TEXTS[:6])
+    assert not active_parts("**bold** `<script>` \\<script\\>")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_card_shows_hostile_text_as_text(text: str) -> None:
+    quiet, loud = made.promoted(), made.promoted()
+    loud.recipe = loud.recipe.model_copy(update={"description": text})
+    loud.notes = [text, text]
+    licences = [rows(text, text), rows("b", text)]
+    loud.licences = [LicenceRef(what="base", key="", name=text, license=text), *licences]
+    loud.base = loud.base.model_copy(update={"source": text, "license": text, "revision": text})
+    loud.dataset = loud.dataset.model_copy(update={"sources": [text, text], "replay": {text: 1}})
+    loud.gguf = loud.gguf.model_copy(update={"prompt": text, "sample": text})
+    loud.report = loud.report.model_copy(update={"reason": text})
+    loud.environment = {text: text}
+    for write in (write_card, lambda run: write_hub_card(run, "me/shop", "gguf").partition("\n---\n")[2]):
+        card = write(loud)
+        assert not set(active_parts(card)) - set(active_parts(write(quiet)))
+        assert not STEERING.search(card)
+        assert headings(card) == headings(write(quiet))
+
+
+def headings(card: str) -> list[str]:
+    tokens = MarkdownIt("commonmark").parse(card)
+    return [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
