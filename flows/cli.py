@@ -621,6 +621,7 @@ def _curve(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from flows.plan import plan_run
     from flows.screen import show_sweep, show_trials
+    from tasks.core.addresses import hide, hide_in_override
     from tasks.core.config import load_search
     from tasks.core.search import plan_search
     from tasks.core.settings import read_settings
@@ -630,6 +631,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     search = load_search({name: getattr(arguments, name) for name in names})
     asked = {name: getattr(arguments, name) for name in ("recipe", "overrides", "data")}
     found = plan_search(**asked, search=search)
+    asked["overrides"] = [hide_in_override(override) for override in arguments.overrides]  # Prefect keeps parameters
+    asked["data"] = arguments.data and hide(arguments.data)
     settings = read_settings(arguments.store)
     store = open_store(settings)
     check_writable(store)

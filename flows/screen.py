@@ -463,7 +463,7 @@ def show_curve(curve: ShippingCurve, by: str) -> None:
 @contextlib.contextmanager
 def show_trials(enabled: bool) -> Iterator[None]:
     """Show a sweep's trials as they begin and end, on stderr; in a terminal also the stage at work."""
-    console = Console(file=sys.stderr, highlight=False)
+    console = SafeConsole(file=sys.stderr, highlight=False)
     if not enabled:
         yield
         return

@@ -6,6 +6,7 @@ items that chooses; the other half judges what was chosen. Intervals are of 95 %
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from statistics import fmean, median, variance
@@ -150,7 +151,7 @@ class Sweep(BaseModel):
 
 
 def sweep_path(sweep_id: str) -> str:
-    if not RUN_ID.match(sweep_id):
+    if not re.fullmatch(RUN_ID, sweep_id):
         raise ForgetlessError(f"{sweep_id!r} is not a sweep's name.")
     return f"sweeps/{sweep_id}.json"
 
