@@ -164,6 +164,8 @@ def finetune(
             "train",
             lambda: train_adapter(config.model, config.train, base, tokens, start, url, run.manifest.run_id, on.train),
         )
+        if trained.resumed and not trained.artifact.reused:
+            run.note("train", f"continued from step {', '.join(map(str, trained.resumed))}")
         judge_and_ship(run, base, tokens, before, shipped_part(trained, config.export), gate, url)
     return manifest
 

@@ -247,6 +247,17 @@ class AdapterRef(TrainedRef):
     """Step from which the rows were learned by heart."""
     snapshots: list[int] = []
     """Steps whose adapter was kept too (train.snapshots)."""
+    resumed: list[int] = []
+    """Steps from whose checkpoints the training went on."""
+
+
+class CheckpointRef(ArtifactRecord):
+    """A folder of what an unfinished training goes on from."""
+
+    run: str | None = None
+    """For which it was written."""
+    parts: dict[Annotated[str, Field(pattern=rf"^(best-|{SNAPSHOTS}/)\d+$")], ArtifactRef] = {}
+    """The folders that belong to it, by their names beside it."""
 
 
 class CombinedPart(TrainedRef):

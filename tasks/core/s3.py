@@ -55,6 +55,8 @@ class Part:
 class S3Store:
     """A bucket and prefix."""
 
+    shares_kept_folders = False
+
     def __init__(self, bucket: str, prefix: str, cache: Path, cache_limit: int | None = None) -> None:
         import boto3
         from botocore.config import Config

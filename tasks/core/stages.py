@@ -39,10 +39,12 @@ class Stage:
     version: int
     inputs: list[str]
     section: dict[str, Any]
+    named: str | None = None
+    """The key in place of a digest, for what is looked for by how its key begins."""
 
     @property
     def key(self) -> str:
-        return stage_key(self.kind, self.version, self.inputs, self.section)
+        return self.named or stage_key(self.kind, self.version, self.inputs, self.section)
 
 
 def base_stage(config: ModelConfig, content: str) -> Stage:
@@ -152,6 +154,12 @@ def adapter_stage(config: TrainConfig, base: BaseRef, tokens: TokensRef, start: 
     more = [file_sha256(watched)] if watched and watched.is_file() else []
     begun = [start.artifact.content] if start else []
     return Stage("adapter", 4, [base.artifact.content, tokens.digest, *begun, *more], section)
+
+
+def checkpoint_stage(training: Stage, part: str) -> Stage:
+    """Part of an unfinished training: `000120` is all but what `best-000100` and `snapshots-000040` hold of it. What
+    comes first under such a name counts: its bytes depend on the machine and the time."""
+    return Stage("checkpoint", 1, [training.key], {"part": part}, named=f"{training.key}-{part}")
 
 
 def combined_stage(config: CombineConfig, base: BaseRef, parts: list[CombinedPart]) -> Stage:

@@ -44,6 +44,8 @@ class StoredFile:
 
 class Store(Protocol):
     url: str
+    shares_kept_folders: bool
+    """Whether other machines find a `kept_folder` too."""
 
     def read_bytes(self, path: str) -> bytes | None:
         """Return a small object's bytes, or None if it does not exist."""
@@ -238,6 +240,8 @@ def check_writable(store: Store) -> None:
 
 class FileStore:
     """A folder. Artifacts are renamed into place whole, so a crash leaves work/ litter and nothing else."""
+
+    shares_kept_folders = True
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -1,11 +1,13 @@
 """Checkpoints: everything a training needs to go on where it stopped, as safetensors and JSON.
 
 A checkpoint is written beside the last one and takes its name when it is whole, so a kill at any moment leaves one that
-can be read. Equal settings on the same machine go on to the same adapter, bit for bit.
+can be read. Equal settings go on to the same adapter, bit for bit with the same libraries, CPU model and threads.
 """
 
+import contextlib
 import functools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tasks.core.errors import StoreError
+from tasks.core.records import SNAPSHOTS
+from tasks.training.shared import LAST
 
-LAST, BEST = "last", "best"
 MOMENTS = 2  # that Adam holds of each parameter
 
 
@@ -38,13 +41,21 @@ class Progress:
     pack_tokens: int = 0
     checkpointed_activations: bool = False
     notes: list[str] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
+    """Steps from whose checkpoints it went on."""
+    machine: str = ""
+    """What it was trained on, as far as the last bits depend on it."""
 
 
-def check_space(folder: Path, parameters: list[torch.nn.Parameter], keeps_best: bool) -> None:
-    """Raise StoreError unless the checkpoints of a training have room on the disk: the last, the one to take its place,
-    and the best."""
+def name_best(step: int) -> str:
+    return f"best-{step:06}"
+
+
+def check_space(folder: Path, parameters: list[torch.nn.Parameter], keeps_best: bool, leaves: bool) -> None:
+    """Raise StoreError unless the checkpoints of a training have room on the disk: the last and the one to take its
+    place, the same of the best, and what is on its way to the store."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = (2 + keeps_best) * (1 + MOMENTS) * sum(p.nbytes for p in parameters)
+    needed = (2 + leaves) * (1 + keeps_best) * (1 + MOMENTS) * sum(p.nbytes for p in parameters)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
@@ -57,10 +68,17 @@ def save_checkpoint(
     folder: Path, name: str, parameters: list[torch.nn.Parameter], optimizer: Any, scaler: Any, progress: Progress
 ) -> None:
     """Write a checkpoint as `folder`/`name`; a former one of that name stays until this is whole. Raises StoreError."""
-    try:
+    with _written(folder, folder / f"{name}.new", progress):
         _save(folder, name, parameters, optimizer, scaler, progress)
+
+
+@contextlib.contextmanager
+def _written(folder: Path, new: Path, progress: Progress) -> Iterator[None]:
+    """Raise StoreError where what is written within does not come about, and leave nothing of it in `new`."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        shutil.rmtree(folder / f"{name}.new", ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise StoreError(
             f"The checkpoint of step {progress.step} could not be written to {folder}: {error}. Free some space; the "
             "same command goes on from the checkpoint before it."
@@ -136,6 +154,39 @@ def load_parameters(tensors: dict[str, torch.Tensor], parameters: list[torch.nn.
         parameter.copy_(tensors[f"parameter.{i}"])
 
 
-def load_best(folder: Path, parameters: list[torch.nn.Parameter]) -> None:
+def load_best(folder: Path, step: int, parameters: list[torch.nn.Parameter]) -> None:
     """Bring the parameters to where the best checkpoint was."""
-    load_parameters(load_file(folder / BEST / "state.safetensors"), parameters)
+    load_parameters(load_file(folder / name_best(step) / "state.safetensors"), parameters)
+
+
+def drop_others(folder: Path, progress: Progress) -> None:
+    """Remove what does not belong to the last checkpoint: other best ones, and kept adapters of later steps, which a
+    killed process left."""
+    later = (path for path in (folder / SNAPSHOTS).glob("*") if int(path.name) > progress.step)
+    for path in (*folder.glob("best-*"), *later):
+        if path.name != name_best(progress.best_step):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def leave_copy(folder: Path, outgoing: Path, progress: Progress) -> None:
+    """Leave all of the last checkpoint as `outgoing`/STEP, in hard links, for whoever takes it away by renaming it; one
+    that waits there still is given up. Raises StoreError."""
+    new, old = outgoing / "new", outgoing / "old"
+    with _written(folder, new, progress):
+        shutil.rmtree(new, ignore_errors=True)
+        for path in (folder / LAST, folder / name_best(progress.best_step), *(folder / SNAPSHOTS).glob("*")):
+            if path.is_dir():
+                shutil.copytree(path, new / path.relative_to(folder), copy_function=_link)
+        for waiting in outgoing.glob("[0-9]*"):
+            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # taken just now
+                waiting.rename(old)
+        new.rename(outgoing / f"{progress.step:06}")
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without links
+        shutil.copyfile(source, target)

@@ -19,6 +19,7 @@ from tasks.core.stages import adapter_stage, combined_stage
 from tasks.core.store import open_store, stored
 from tasks.core.sweep import watch_rivals
 from tasks.policy import STAGE_OPTIONS
+from tasks.training.shared import SharedCheckpoints
 
 SHOWN_SECONDS = 10.0
 """Between updates in the Prefect UI and of the live curve: each is a request to a server."""
@@ -39,6 +40,7 @@ def train_adapter(
     store = open_store(read_settings(store_url))
     stage = adapter_stage(train, base, tokens, start)
     checkpoints = store.kept_folder(f"training-{stage.key}")
+    shared = None if store.shares_kept_folders else SharedCheckpoints(store, stage, run_id)
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.models.base import open_base
@@ -82,10 +84,12 @@ def train_adapter(
             "settings": train.model_dump(mode="json"),
             "folder": str(store.kept_folder("trackers")),
         }
-        fields = run_training(places, train, on_step, model.trust_remote_code, trackers)
+        fields = run_training(places, train, on_step, model.trust_remote_code, trackers, shared)
         return {**fields, "dropped_too_long": tokens.too_long["train"]}
 
     record = stored(store, stage, AdapterRef, make)
+    if shared:
+        shared.forget()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return record
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from tasks.core.config import TrainConfig
 from tasks.core.errors import DataError, ForgetlessError
-from tasks.core.hardware import device_class, memory_bytes
+from tasks.core.hardware import describe_machine, device_class, memory_bytes
 from tasks.core.records import SNAPSHOTS, TrainPoint
 from tasks.models.cpu_attention import PackPlan
 from tasks.models.encode import Examples, read_examples
@@ -30,11 +30,21 @@ from tasks.models.parallel import map_parallel
 from tasks.models.products import frozen_head
 from tasks.models.template import Example
 from tasks.models.tokenizer import load_tokenizer
-from tasks.training.checkpoints import BEST, LAST, Progress, check_space, load_best, load_checkpoint, save_checkpoint
+from tasks.training.checkpoints import (
+    Progress,
+    check_space,
+    drop_others,
+    leave_copy,
+    load_best,
+    load_checkpoint,
+    name_best,
+    save_checkpoint,
+)
 from tasks.training.chunked_loss import chunked_loss
 from tasks.training.curve import explain_onset, find_onset, runs_away
 from tasks.training.methods import open_trainable, parameter_groups, save_trained
 from tasks.training.packing import Pack, make_pack, pack_examples, plan_steps
+from tasks.training.shared import LAST
 
 OnStep = Callable[[int, int, TrainPoint], None]
 RETENTION_TEXTS = 64
@@ -51,14 +61,15 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Places:
-    """Folders of a training: the base, the token sequences, where the adapter goes, where checkpoints are kept, and the
-    adapter to go on from."""
+    """Folders of a training: the base, the token sequences, where the adapter goes, where checkpoints are kept, the
+    adapter to go on from, and where a copy of each checkpoint is left for whoever brings it to the store."""
 
     base: Path
     tokens: Path
     out: Path
     checkpoints: Path
     start_from: Path | None = None
+    outgoing: Path | None = None
 
 
 def train_adapter(
@@ -84,7 +95,7 @@ def train_adapter(
     run = _Run(model, config, device, dtype, check=held_out if _is_neutral(config) else [])
     groups = parameter_groups(model, config)
     parameters = [p for group in groups for p in group["params"]]
-    check_space(places.checkpoints, parameters, bool(config.early_stopping))
+    check_space(places.checkpoints, parameters, bool(config.early_stopping), bool(places.outgoing))
     optimizer = _optimizer(groups, config)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
@@ -92,7 +103,10 @@ def train_adapter(
     if progress is None:
         progress = Progress(pack_tokens=config.pack_tokens)
     else:
-        progress.notes.append(f"Resumed at step {progress.step} of {len(steps)}.")
+        progress.notes.append(_describe_resumption(progress, len(steps), _machine()))
+        progress.resumed.append(progress.step)
+    progress.machine = _machine()
+    drop_others(places.checkpoints, progress)
     progress.pack_tokens = min(progress.pack_tokens, pack_tokens or config.pack_tokens)
     run.refresh()
     run.follow(progress)
@@ -113,6 +127,10 @@ def train_adapter(
         progress.curve = [point.model_dump() for point in curve]
         progress.seconds = spent + time.monotonic() - began
         save_checkpoint(places.checkpoints, name, parameters, optimizer, scaler, progress)
+        if name == LAST:
+            drop_others(places.checkpoints, progress)
+            if places.outgoing:
+                leave_copy(places.checkpoints, places.outgoing, progress)
 
     if not curve:
         curve.append(validate(TrainPoint(step=0)))
@@ -159,7 +177,7 @@ def train_adapter(
                 if point.validation_loss < progress.best_loss:
                     progress.best_loss, progress.best_step, progress.waits = point.validation_loss, number, 0
                     if config.early_stopping:
-                        save(BEST)
+                        save(name_best(number))
                 else:
                     progress.waits += 1
             if number in kept:
@@ -178,7 +196,7 @@ def train_adapter(
 
     shipped = progress.step
     if config.early_stopping and progress.best_step and progress.best_step != progress.step:
-        load_best(places.checkpoints, parameters)
+        load_best(places.checkpoints, progress.best_step, parameters)
         shipped = progress.best_step
     model.eval()
     save_trained(model, config, places.base, places.out)
@@ -206,6 +224,7 @@ def train_adapter(
         "best_step": progress.best_step,
         "onset": find_onset(curve),
         "snapshots": sorted(int(folder.name) for folder in snapshots.glob("*")),
+        "resumed": progress.resumed,
         "notes": [*progress.notes, *([onset] if onset else [])],
     }
 
@@ -440,6 +459,22 @@ def _read_texts(base: Path, config: TrainConfig, trust_remote_code: bool) -> lis
     if not texts:
         raise DataError(f"train.retention_texts {config.retention_texts}: expected texts, found none.")
     return texts
+
+
+def _machine() -> str:
+    """Return what the last bits of a training depend on besides its libraries."""
+    found = describe_machine()
+    return found.get("gpu") or f"{found['cpu']} with {torch.get_num_threads()} threads"
+
+
+def _describe_resumption(progress: Progress, steps: int, machine: str) -> str:
+    said = f"Resumed at step {progress.step} of {steps}"
+    if progress.machine == machine:
+        return f"{said}."
+    return (
+        f"{said} on another machine ({machine}; before {progress.machine}): the adapter is the same bit for bit on one "
+        "CPU model and number of threads only."
+    )
 
 
 def _peak_mib(device: str) -> int:

@@ -22,13 +22,14 @@ from tasks.core.config import TrainConfig
 from tasks.core.errors import ForgetlessError
 from tasks.core.records import TrainPoint
 from tasks.core.settings import training_settings
+from tasks.training.shared import SharedCheckpoints
 
 OnStep = Callable[[int, int, TrainPoint], None]
 ENDING_SECONDS = 120  # for the step at work and its checkpoint
 LOG_LINES = 5
 LEAST_PACK_TOKENS = 64
 PR_SET_PDEATHSIG = 1
-JOB, LOG, LOCK = "job.json", "log.txt", "lock"
+JOB, LOG, LOCK, OUTGOING = "job.json", "log.txt", "lock", "outgoing"
 
 
 def run_training(
@@ -37,14 +38,20 @@ def run_training(
     on_step: OnStep,
     trust_remote_code: bool,
     trackers: dict[str, Any] | None = None,
+    shared: SharedCheckpoints | None = None,
 ) -> dict[str, Any]:
     """Return AdapterRef's fields of a training in its own process; `places` are trainer.Places' folders as text, and
     `trackers` the arguments of open_trackers but for the names. Killed for its memory, it goes on with half the pack.
+    Where its checkpoints are `shared`, it goes on from those of other machines, and they from its.
 
     Raises the error that the training raised, or ForgetlessError where its process died or another one trains with the
     same checkpoints."""
     folder = Path(str(places["checkpoints"]))
-    with _locked(folder) as lock:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(folder))
+        if shared:
+            shared.fetch(folder)
+            places = places | {"outgoing": str(stack.enter_context(shared.uploading(folder / OUTGOING)))}
         notes: list[str] = []
         packs = config.pack_tokens
         while True:
