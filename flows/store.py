@@ -4,6 +4,7 @@ What a run reaches is what its manifest names, and what that was made from. What
 garbage: somebody may be at it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -114,12 +115,18 @@ def verify_artifacts(store: Store, run: str | None, say: Say) -> dict[str, Any]:
     def note(artifact: str, name: str, problem: str) -> None:
         problems.append({"artifact": artifact, "file": name, "problem": problem})
 
+    def is_gone(artifact: str) -> bool:
+        """Return whether a training at work has deleted a checkpoint of its since it was listed."""
+        return artifact.startswith("checkpoint/") and store.read_bytes(f"artifacts/{artifact}/{MARKER}") is None
+
     for artifact, files in listed.items():
         place = f"artifacts/{artifact}/"
         sizes = {file.path.removeprefix(place): file.size for file in files}
         if MARKER not in sizes:
-            if artifact in reached:
+            if artifact in reached and not is_gone(artifact):
                 note(artifact, MARKER, "missing")
+            continue
+        if is_gone(artifact):
             continue
         artifacts += 1
         marker = _read_marker(store.read_bytes(place + MARKER))
@@ -142,8 +149,13 @@ def verify_artifacts(store: Store, run: str | None, say: Say) -> dict[str, Any]:
 
     def digest_of(job: tuple[str, str, str, str]) -> str:
         digest = hashlib.sha256()
-        for piece in store.stream(job[2]):
-            digest.update(piece)
+        try:
+            for piece in store.stream(job[2]):
+                digest.update(piece)
+        except StoreError:
+            if is_gone(job[0]):
+                return job[3]
+            raise
         return digest.hexdigest()
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -245,6 +257,7 @@ def _read_reached(store: Store, artifacts: list[Stored]) -> dict[str, list[str]]
     evaluation items, rows that the base answered, what training went on from, the scores of a served file.
     Raises StoreError for a manifest that cannot be read, or is absent and named by the registry."""
     named: dict[str, list[str]] = {}
+    unfinished: set[str] = set()
     ids = run_ids(store)
     with ThreadPoolExecutor(READERS) as pool:
         manifests = dict(zip(ids, pool.map(lambda run: store.read_bytes(manifest_path(run)), ids), strict=True))
@@ -252,7 +265,7 @@ def _read_reached(store: Store, artifacts: list[Stored]) -> dict[str, list[str]]
         if data is None:  # deleted meanwhile
             continue
         try:
-            parse_manifest(data, run)
+            manifest = parse_manifest(data, run)
         except StoreError as error:
             raise StoreError(
                 f"{error} What it reaches is not known, so nothing was done. Mend {store.url}/{manifest_path(run)}, or "
@@ -261,6 +274,11 @@ def _read_reached(store: Store, artifacts: list[Stored]) -> dict[str, list[str]]
         # From the text, not the parsed record: a newer version may name what this one does not know.
         places = PLACE.findall(json.dumps(json.loads(data), ensure_ascii=False))
         named[run] = sorted({f"{kind}/{key}" for kind, key in places})
+        if manifest.status != "completed":
+            unfinished.add(run)
+    for name, writer in _read_checkpoints(store).items():
+        if writer in unfinished:
+            named[writer].append(f"checkpoint/{name}")
     for run, path in _registered_runs(store).items():
         if manifests.get(run) is None:
             raise StoreError(
@@ -296,6 +314,17 @@ def _read_made_from(store: Store, names: set[str]) -> dict[str, list[str]]:
             for digest in digests | set(inputs[name] if ref.kind == "items" else []):
                 named_by[digest].append(name)
     return {name: [other for digest in used for other in named_by.get(digest, [])] for name, used in inputs.items()}
+
+
+def _read_checkpoints(store: Store) -> dict[str, str]:
+    """Return the checkpoints of trainings whose adapter is not there, each with the run that it was written for."""
+    found: dict[str, str] = {}
+    for name in store.list_folders("artifacts/checkpoint"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half of one, or damaged: no training can use it
+            marker = json.loads(store.read_bytes(f"artifacts/checkpoint/{name}/{MARKER}") or b"{}")
+            if store.read_bytes(f"artifacts/adapter/{marker['made_from']['inputs'][0]}/{MARKER}") is None:
+                found[name] = marker["record"]["run"]
+    return found
 
 
 def _registered_runs(store: Store) -> dict[str, str]:

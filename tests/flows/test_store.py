@@ -20,10 +20,10 @@ from tasks.core.digest import file_sha256
 from tasks.core.errors import StoreError
 from tasks.core.lease import hold_lease
 from tasks.core.manifest import RunManifest, run_stage, write_manifest
-from tasks.core.records import ArtifactRecord, ArtifactRef, ModelRef
+from tasks.core.records import ArtifactRecord, ArtifactRef, CheckpointRef, ModelRef
 from tasks.core.s3 import S3Store
 from tasks.core.settings import Settings, read_settings
-from tasks.core.stages import Stage
+from tasks.core.stages import Stage, checkpoint_stage
 from tasks.core.store import PROBE, FileStore, Store, open_store, stored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,6 +286,42 @@ def test_a_run_at_work_is_not_deleted(place: Place, capsys: pytest.CaptureFixtur
         assert main(["store", "rm", run]) == 2
         assert f"is at work in process {os.getpid()} on {os.uname().nodename}. Let it" in capsys.readouterr().err
     assert main(["store", "rm", run]) == 0, "its manifest says running, but nobody is at it"
+
+
+def test_gc_keeps_the_checkpoints_of_a_training_that_did_not_end(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = Stage("adapter", 1, ["rows"], {})
+
+    def put_checkpoint(training: Stage, run: str | None) -> str:
+        stage = checkpoint_stage(training, "000120")
+
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / "state.safetensors").write_bytes(b"state" * 100)
+            return {"run": run}
+
+        return path_of(stored(place.store, stage, CheckpointRef, write).artifact)
+
+    put_run(place.store, "demo-20260101-000000-001", put(place.store, "shared"))
+    kept = put_checkpoint(training, "demo-20260101-000000-001")
+    of_no_run = put_checkpoint(Stage("adapter", 1, ["others"], {}), None)
+    (listed,) = (a for a in output(capsys, "store", "ls", "checkpoint")[1] if kept.endswith(a["key"]))
+    assert listed["runs"] == ["demo-20260101-000000-001"]
+    assert output(capsys, "store", "du")[1]["kinds"]["checkpoint"] > 1000
+    place.store.write_bytes(f"{of_no_run}/_artifact.json", b"{")
+    assert [p["artifact"] for p in verify_artifacts(place.store, None, lambda _: None)["problems"]] == [
+        of_no_run.removeprefix("artifacts/")
+    ]
+    far = place.store.clock() + 3 * DAY
+    assert place.gc(far) == {of_no_run: "no run reaches it"}
+    put_checkpoint(Stage("adapter", 1, ["deleted"], {}), "demo-20250101-000000-001")
+    assert len(place.gc(far, dry_run=True)) == 1
+    stored(place.store, training, ModelRef, lambda folder: {"dtype": "float32"})
+    assert kept in place.gc(far, dry_run=True), "its adapter is there"
+    place.store.delete(f"artifacts/adapter/{training.key}")
+    assert kept not in place.gc(far)
+    assert main(["store", "rm", "demo-20260101-000000-001"]) == 0
+    assert kept in place.gc(far)
 
 
 def test_gc_keeps_what_the_registry_names(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
