@@ -223,7 +223,7 @@ def test_damaged_files_and_other_lists_are_computed(
             Responses(store, "model").attach(backend)
             return backend.loglikelihood(requests(*pairs)), passes.count
 
-    pairs = [(f"{EXAMPLES}Number {i} is", " odd.") for i in range(12)]
+    pairs = [(f"{EXAMPLES}Number {i} is", " odd.") for i in range(60)]
     whole, passes = asked(pairs)
     files = list(store.list_files(responses.UNFINISHED))
     assert len(files) > 3, "one each time"
