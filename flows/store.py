@@ -24,11 +24,12 @@ from tasks.core.manifest import manifest_path, parse_manifest, read_manifest, ru
 from tasks.core.records import ArtifactRef
 from tasks.core.settings import Settings
 from tasks.core.store import MARKER, FileStore, Store, StoredFile
+from tasks.evaluation.responses import UNFINISHED
 
 DAY = 86_400.0
 READERS = 8  # files that are read at once; each holds one piece of at most 1 MiB
 PLACE = re.compile(r"artifacts/([^/\"]+)/([^/\"]+)\"")
-LEFT = ("leases", "unfinished", "handoffs")
+LEFT = ("leases", UNFINISHED, "handoffs")
 """What processes leave that were killed: leases, answers of a scoring, a stage's record for a run on another pool."""
 Say = Callable[[str], None]
 
@@ -185,6 +186,7 @@ def collect_garbage(
     for file in (file for place in LEFT for file in store.list_files(place)):
         left[re.sub(r"\.\d+(\.beat)?$|/[0-9a-f]+\.json$", "", file.path)].append(file)
     responses = list(store.list_files("responses"))
+    parts = {part: part.stat().st_mtime for part in (settings.cache / "downloads").glob("part-*")}
     reached = _read_reached(store, artifacts)
     removed: list[dict[str, Any]] = []
 
@@ -213,7 +215,7 @@ def collect_garbage(
                 if not dry_run:
                     store.delete_file(file.path)
                 note("left by a process", file.path, file.size)
-    for folder, written in _work_folders(store).items():
+    for folder, written in {**_work_folders(store), **parts}.items():
         if written < (FileStore(folder.parent).clock() if now is None else now) - DAY:
             size = folder_bytes(folder)
             try:

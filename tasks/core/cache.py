@@ -71,9 +71,9 @@ def hold(folder: Path) -> bool:
 
 
 def remove_unheld(folder: Path) -> bool:
-    """Remove a folder unless a process holds it; return whether it was removed. Raises OSError."""
+    """Remove a folder, or a file, unless a process holds it; return whether it was removed. Raises OSError."""
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(folder, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:
@@ -82,6 +82,9 @@ def remove_unheld(folder: Path) -> bool:
         os.close(handle)
         return False
     try:
+        if not folder.is_dir():
+            folder.unlink()
+            return True
         away = tempfile.mkdtemp(dir=folder.parent)
         folder.rename(away)  # at once: nobody finds half of it
         shutil.rmtree(away)
@@ -91,8 +94,8 @@ def remove_unheld(folder: Path) -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process uses a folder."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Return whether a process uses a folder or a file."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
@@ -103,8 +106,8 @@ def is_held(folder: Path) -> bool:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    found = 0
+    """Return the size of all files in a folder, or of a file."""
+    found = folder.stat().st_size if folder.is_file() else 0
     for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile

@@ -56,8 +56,10 @@ def is_unknown_host(error: BaseException) -> bool:
     return False
 
 
-def retried(work: Callable[[], T], first_wait: float = 0.5) -> T:
-    """Return what `work` returns, tried up to 4 times while its errors are passing ones; raises the last error.
+def retried(
+    work: Callable[[], T], first_wait: float = 0.5, is_worth: Callable[[BaseException], bool] = is_passing
+) -> T:
+    """Return what `work` returns, tried up to 4 times while its errors are worth it; raises the last error.
 
     The waits (seconds) double, and each is drawn from half of it to all of it, so that many clients do not come back at
     once."""
@@ -65,7 +67,7 @@ def retried(work: Callable[[], T], first_wait: float = 0.5) -> T:
         try:
             return work()
         except Exception as error:
-            if attempt == TRIES - 1 or not is_passing(error):
+            if attempt == TRIES - 1 or not is_worth(error):
                 raise
             time.sleep(min(LONGEST_WAIT, first_wait * 2**attempt) * random.uniform(0.5, 1))
     raise AssertionError("unreachable")

@@ -1,18 +1,22 @@
 """Downloads: files at s3:// and https:// addresses, each fetched once into the cache, where it only ever is whole.
 
+One that breaks off is tried again, and goes on where it ended, in another process too, as long as the server has that
+version and gives files in parts.
+
 What an address carries as a secret (user:password@, a signature or token in its query) goes to its server alone: no
 message, name or path has it. Which addresses there are under a prefix is told here; what files hold is not asked.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote
 
 from tasks.core.addresses import reveal, shown
@@ -20,11 +24,13 @@ from tasks.core.cache import make_cache
 from tasks.core.digest import sha256
 from tasks.core.errors import DataError
 from tasks.core.progress import report_progress
+from tasks.core.retry import WrongBytes, error_code, is_passing, retried
 from tasks.core.settings import read_settings
 from tasks.data.files import ARCHIVES, SUFFIXES, WORKBOOKS, data_names, data_suffix, one_line, refusal
 
 SECONDS = 30.0  # without a byte, or a connection
 PIECE = 1 << 20
+FIRST_WAIT = 0.5  # seconds, before it is tried again
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -64,40 +70,134 @@ def fetch(remote: Remote) -> Path:
     return _fetch_s3(remote) if remote.address.lower().startswith("s3:") else _fetch_http(remote)
 
 
-def _keep(remote: Remote, version: str | None, size_bytes: int | None, pieces: Iterable[bytes]) -> Path:
-    """Return where the pieces of a download are in the cache, written unless this version of them is there.
+@dataclass(frozen=True)
+class Answer:
+    """What a server gives of a file: its bytes from `start` on. `version` and `size`, of the whole, are None where it
+    does not say; with `mark` more is asked for of the same version, and without one it cannot be."""
 
-    They are written under another name: what is under its own is whole."""
-    folder = read_settings().cache / "downloads"
-    path = folder / sha256(f"{remote.address}\n{version}".encode())
-    if version and path.is_file():
+    version: str | None
+    size: int | None
+    start: int
+    mark: str | None
+    pieces: Iterator[bytes]
+
+
+Ask = Callable[[int, str | None], contextlib.AbstractContextManager[Answer]]
+"""Asks for a file from a byte on, if it has the mark still; a server may give all of it instead."""
+
+
+class Download:
+    """A file on its way into the cache. `done` and `size` are bytes: what is there of it, what there should be."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote
+        self.folder = read_settings().cache / "downloads"
+        self.done = 0
+        self.size: int | None = None
+
+    def run(self, ask: Ask) -> Path:
+        """Return where the file is in the cache. What fails for a passing reason is tried again, for as long as more
+        of the file comes, and a few times more; then its error is raised."""
+        while True:
+            before = self.done
+            try:
+                path = retried(lambda: self._try(ask), FIRST_WAIT)
+                if path:
+                    return path
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno is not None and not is_passing(error):
+                    raise self._unwritable(error) from None
+                if not is_passing(error) or self.done < before + PIECE:
+                    raise
+
+    def _try(self, ask: Ask) -> Path | None:
+        """Return where the file is; None where another process was at it, and is no more.
+
+        It is written under another name: what is under its own is whole."""
+        with contextlib.ExitStack() as stack:
+            asked = stack.enter_context(contextlib.ExitStack())
+            answer = asked.enter_context(ask(0, None))
+            self.size = answer.size
+            path = self.folder / sha256(f"{self.remote.address}\n{answer.version}".encode())
+            if answer.version and path.is_file():
+                return path
+            make_cache(self.folder.parent)
+            self.folder.mkdir(exist_ok=True)
+            can_go_on = answer.size is not None and answer.version and answer.mark
+            part_path = self.folder / f"part-{path.name}-{answer.size}" if can_go_on else None
+            part = stack.enter_context(self._open_part(part_path))
+            if part is None:
+                asked.close()  # who waits does not read
+                self._wait(part_path)
+                return None
+            size = "an unknown number of" if answer.size is None else f"{answer.size:,}"
+            report_progress("dataset", 0, 0, f"downloading {self.remote.name}, {size} bytes")
+            self.done = part.seek(0, os.SEEK_END)
+            if answer.size is not None and 0 < self.done < answer.size:
+                asked.close()
+                answer = self._go_on(asked, ask, answer, part)
+            if self.done != answer.size:
+                for piece in answer.pieces:
+                    part.write(piece)
+                    self.done += len(piece)
+                part.flush()
+                os.fsync(part.fileno())
+            if answer.size is not None and self.done != answer.size:
+                if self.done > answer.size:
+                    part.truncate(0)
+                raise WrongBytes(f"expected {answer.size} bytes, found {self.done}")
+            Path(part.name).replace(path)
+        report_progress("dataset", 0, 0, f"reading {self.remote.name}")
         return path
-    size = "an unknown number of" if size_bytes is None else f"{size_bytes:,}"
-    report_progress("dataset", 0, 0, f"downloading {remote.name}, {size} bytes")
-    part = None
-    try:
-        make_cache(folder.parent)
-        folder.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="part-", delete=False) as file:
-            part = Path(file.name)
-            for piece in pieces:
-                file.write(piece)
-            done = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-        if size_bytes is not None and done != size_bytes:
-            raise DataError(_broken_off(remote.where, done, size_bytes))
-        part.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{remote.where}: its {size} bytes could not be kept in the cache {folder}: {error.strerror or error}. "
-            "Free some space, or name another folder as FORGETLESS_CACHE."
-        ) from None
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-    report_progress("dataset", 0, 0, f"reading {remote.name}")
-    return path
+
+    def _go_on(self, asked: contextlib.ExitStack, ask: Ask, first: Answer, part: IO[bytes]) -> Answer:
+        """Return the rest of the file, or all of it, with `part` cut to where that begins."""
+        try:
+            rest = asked.enter_context(ask(self.done, first.mark))
+            if (rest.version, rest.size) != (first.version, first.size) or rest.start not in (0, self.done):
+                raise WrongBytes("the file changed meanwhile")
+        except WrongBytes:
+            self.done = part.truncate(0)
+            raise
+        self.done = part.truncate(rest.start)
+        return rest
+
+    @contextlib.contextmanager
+    def _open_part(self, path: Path | None) -> Iterator[IO[bytes] | None]:
+        """Yield the file that bytes are added to, which stays if they do not become all; None where another process is
+        at it. Without a path, and where the disk knows no locks, it is a new one that does not stay."""
+        with contextlib.ExitStack() as stack:
+            part: IO[bytes] | None = None
+            is_free = path is None
+            if path is not None:
+                file = stack.enter_context(path.open("ab+"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    is_same = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+                    part = file if is_same else None  # not just renamed, by who was at it
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    is_free = True
+            if is_free:
+                new = stack.enter_context(tempfile.NamedTemporaryFile(dir=self.folder, prefix="part-", delete=False))
+                stack.callback(Path(new.name).unlink, missing_ok=True)
+                part = new  # type: ignore[assignment]
+            yield part
+
+    def _wait(self, part: Path | None) -> None:
+        report_progress("dataset", 0, 0, f"another process downloads {self.remote.name}: waiting for it")
+        with contextlib.suppress(FileNotFoundError):
+            if part is not None:
+                with part.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+
+    def _unwritable(self, error: OSError) -> DataError:
+        size = "an unknown number of" if self.size is None else f"{self.size:,}"
+        return DataError(
+            f"{self.remote.where}: its {size} bytes could not be kept in the cache {self.folder}: "
+            f"{error.strerror or error}. Free some space, or name another folder as FORGETLESS_CACHE."
+        )
 
 
 def _broken_off(where: str, done: int, size_bytes: int | None) -> str:
@@ -111,19 +211,26 @@ def _fetch_http(remote: Remote) -> Path:
     import httpx
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it notes every address, signatures and all
-    where = remote.where
-    response: httpx.Response | None = None
-    try:
+    where, download = remote.where, Download(remote)
+
+    @contextlib.contextmanager
+    def ask(start: int, mark: str | None) -> Iterator[Answer]:
+        # identity: the bytes as they are stored, to which Content-Length and ETag belong.
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-", "If-Range": mark} if mark else {})
         with (
             httpx.Client(follow_redirects=True, timeout=SECONDS, event_hooks={"request": [_check_scheme]}) as client,
-            # identity: the bytes as they are stored, to which Content-Length and ETag belong.
-            client.stream("GET", remote.address, headers={"Accept-Encoding": "identity"}) as response,
+            client.stream("GET", remote.address, headers=headers) as response,
         ):
-            if response.status_code != 200:
-                raise DataError(_status_sentence(where, response.status_code, response.reason_phrase))
-            modified = response.headers.get("Last-Modified")
-            version = response.headers.get("ETag") or (modified and f"{modified} {_length(response)}")
-            return _keep(remote, version, _length(response), response.iter_raw(PIECE))
+            if mark and response.status_code in (412, 416):
+                raise WrongBytes("the file changed meanwhile")
+            if response.status_code != 200 and not (mark and response.status_code == 206):
+                raise httpx.HTTPStatusError("", request=response.request, response=response)
+            yield _http_answer(response)
+
+    try:
+        return download.run(ask)
+    except httpx.HTTPStatusError as error:
+        raise DataError(_status_sentence(where, error.response.status_code, error.response.reason_phrase)) from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError):  # their texts quote the address
         raise DataError(f"{where}: not a valid address. Escape what is special in it (@ is %40).") from None
     except httpx.TooManyRedirects:
@@ -132,15 +239,27 @@ def _fetch_http(remote: Remote) -> Path:
         raise DataError(
             f"{where}: the server cannot be reached: {one_line(error)}. Check the address and the network."
         ) from None
-    except httpx.TransportError as error:
-        done = response.num_bytes_downloaded if response else 0
+    except (httpx.TransportError, WrongBytes) as error:
         if isinstance(error, httpx.TimeoutException):
-            what = f"the server was silent for {SECONDS:g} s, after {done:,} bytes"
-        elif response and _length(response) is not None:
-            raise DataError(_broken_off(where, done, _length(response))) from None
-        else:
-            what = f"the download broke off after {done:,} bytes ({type(error).__name__})"  # its text may hold secrets
+            what = f"the server was silent for {SECONDS:g} s, after {download.done:,} bytes"
+        elif download.size is not None:
+            raise DataError(_broken_off(where, download.done, download.size)) from None
+        else:  # its text may hold secrets
+            what = f"the download broke off after {download.done:,} bytes ({type(error).__name__})"
         raise DataError(f"{where}: {what}. Run again.") from None
+
+
+def _http_answer(response: Any) -> Answer:
+    etag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
+    start, size = 0, _length(response)
+    if response.status_code == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if found is None:
+            raise WrongBytes("a part of unknown place")
+        start, size = int(found[1]), int(found[2])
+    # A weak ETag is of equal meaning, not of equal bytes.
+    mark = etag if etag and not etag.startswith("W/") else modified
+    return Answer(etag or (modified and f"{modified} {size}"), size, start, mark, response.iter_raw())
 
 
 def _length(response: Any) -> int | None:
@@ -185,7 +304,7 @@ def _telling_s3(where: str) -> Iterator[None]:
 
     try:
         yield
-    except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: an endpoint that is no URL
+    except (BotoCoreError, ClientError, WrongBytes, ValueError) as error:  # ValueError: an endpoint that is no URL
         raise DataError(_s3_sentence(where, error)) from None
 
 
@@ -200,17 +319,33 @@ def _s3_sentence(where: str, error: Exception) -> str:
         return f"{where}: the store does not let you read it ({code}). Check AWS_ACCESS_KEY_ID and its rights."
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}:
         return f"{where}: no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
-    if kinds & {"ConnectionError", "HTTPClientError", "IncompleteReadError"}:
+    if kinds & {"ConnectionError", "HTTPClientError", "IncompleteReadError", "WrongBytes"}:
         return f"{where}: the store cannot be reached, or broke off. Check AWS_ENDPOINT_URL_S3 and the network."
     return f"{where}: the object could not be read: {one_line(error)}. Check AWS_ENDPOINT_URL_S3 and the bucket."
 
 
 def _fetch_s3(remote: Remote) -> Path:
+    from botocore.exceptions import ClientError
+
     bucket, _, key = remote.address.partition("://")[2].partition("/")
-    with _telling_s3(remote.where):
-        found = _client().get_object(Bucket=bucket, Key=key)
+
+    @contextlib.contextmanager
+    def ask(start: int, mark: str | None) -> Iterator[Answer]:
+        rest = {"Range": f"bytes={start}-", "IfMatch": mark} if mark else {}
+        try:
+            found = client.get_object(Bucket=bucket, Key=key, **rest)
+        except ClientError as error:
+            if mark and error_code(error)[0] in (412, 416):
+                raise WrongBytes("the object changed meanwhile") from None
+            raise
+        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", found.get("ContentRange", ""))
+        begins, size = (int(place[1]), int(place[2])) if place else (0, found["ContentLength"])
         with contextlib.closing(found["Body"]) as body:
-            return _keep(remote, found.get("ETag"), found["ContentLength"], body.iter_chunks(PIECE))
+            yield Answer(found.get("ETag"), size, begins, found.get("ETag"), body.iter_chunks(PIECE))
+
+    with _telling_s3(remote.where):
+        client = _client()
+        return Download(remote).run(ask)
 
 
 def _list_s3(path: str) -> list[Remote]:

@@ -19,6 +19,7 @@ from tasks.core.addresses import reveal, shown
 from tasks.core.digest import canonical_json, sha256
 from tasks.core.errors import ExportError, describe_os_error
 from tasks.core.ollama import name_problem, parameter_problems
+from tasks.core.retry import is_passing, retried
 from tasks.export.prompts import PromptCase
 from tasks.models.encode import common_start
 
@@ -36,6 +37,7 @@ ANSWER_SECONDS = 60.0
 UPLOAD_SECONDS = 300.0
 CREATE_SECONDS = 1800.0
 GENERATE_SECONDS = 600.0
+FIRST_WAIT = 0.5  # seconds, before what may be asked twice is asked again
 
 # Ollama penalises repeats unless told otherwise, which greedy decoding elsewhere does not.
 GREEDY = {"temperature": 0, "seed": 0, "repeat_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -340,7 +342,7 @@ def read_context(base_url: str, name: str) -> int | None:
     """Return how many tokens Ollama reads of a conversation with the loaded model `name` (099); None where it is not
     loaded, or Ollama does not say. Raises ExportError."""
     with _connect(base_url) as client:
-        loaded = _call_json(client, "GET", "/api/ps", "list its loaded models").get("models") or []
+        loaded = _call_json(client, "GET", "/api/ps", "list its loaded models", again=True).get("models") or []
         found = [
             model.get("context_length") for model in loaded if _full_name(model.get("name", "")) == _full_name(name)
         ]
@@ -418,16 +420,17 @@ def _upload_blob(
     """Upload `gguf` in pieces unless Ollama has its bytes; return whether that was needed. Half an upload cannot be
     gone on with, only a whole one skipped."""
     path = f"/api/blobs/sha256:{gguf_sha256}"
-    if _call(client, "HEAD", path, f"say whether it has {gguf.name}", accept=(200, 404)).status_code == 200:
+    asked = _call(client, "HEAD", path, f"say whether it has {gguf.name}", accept=(200, 404), again=True)
+    if asked.status_code == 200:
         return False
     doing = f"store the upload of {gguf}"
     try:
         size_bytes = gguf.stat().st_size
         # A known length, not chunked coding: a server that stops reading (a full disk) is then heard.
         headers = {"Content-Length": str(size_bytes), "Content-Type": "application/octet-stream"}
-        content = _read_pieces(gguf, size_bytes, progress)
         # 200: somebody else uploaded it since we asked (021)
-        _call(client, "POST", path, doing, UPLOAD_SECONDS, (200, 201), content=content, headers=headers)
+        accept, more = (200, 201), {"headers": headers, "content": lambda: _read_pieces(gguf, size_bytes, progress)}
+        _call(client, "POST", path, doing, UPLOAD_SECONDS, accept, again=True, **more)
         return True
     except OSError as error:
         raise ExportError(describe_os_error(error, f"read {gguf} to upload it to {_where(client)}")) from error
@@ -519,7 +522,8 @@ def _try_answer(
 
 
 def _create_model(client: httpx.Client, name: str, content: dict[str, Any], doing: str) -> None:
-    _stream(client, "/api/create", {"model": name, "stream": True, **content}, doing, CREATE_SECONDS)
+    request = {"model": name, "stream": True, **content}
+    _stream(client, "/api/create", request, doing, CREATE_SECONDS, again=True)
 
 
 def _stream(
@@ -529,22 +533,32 @@ def _stream(
     doing: str,
     seconds: float,
     follow: Callable[[dict[str, Any]], None] | None = None,
+    again: bool = False,
 ) -> None:
     """POST `request` and read lines until one says success; an error is in a line too, after HTTP 200 (040)."""
-    last: Any = None
     timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
-    with _explained(client, doing), client.stream("POST", path, json=request, timeout=timeout) as response:
-        if response.status_code != 200:
-            response.read()
-            _refuse(client, doing, response)
-        for line in response.iter_lines():
-            if not line.strip():
-                continue
-            last = _parse_json(line)
-            if isinstance(last, dict) and "error" in last:
-                _fail(client, doing, str(last["error"]))
-            if isinstance(last, dict) and follow:
-                follow(last)
+
+    def ask() -> Any:
+        last: Any = None
+        with client.stream("POST", path, json=request, timeout=timeout) as response:
+            if response.status_code != 200:
+                response.read()
+                raise httpx.HTTPStatusError("", request=response.request, response=response)
+            for line in response.iter_lines():
+                if not line.strip():
+                    continue
+                last = _parse_json(line)
+                if isinstance(last, dict) and "error" in last:
+                    _fail(client, doing, str(last["error"]))
+                if isinstance(last, dict) and follow:
+                    follow(last)
+        return last
+
+    def is_worth(error: BaseException) -> bool:
+        return again and _is_worth(error) and not isinstance(error, httpx.TimeoutException)  # it was given long enough
+
+    with _explained(client, doing):
+        last = retried(ask, FIRST_WAIT, is_worth)
     if last != {"status": "success"}:
         _fail(client, doing, f"its answer ended without success, after {json.dumps(last)}")
 
@@ -566,13 +580,14 @@ def _generate(client: httpx.Client, name: str, doing: str, prompt: str, max_toke
 
 def _copy(client: httpx.Client, source: str, destination: str) -> None:
     request = {"source": source, "destination": destination}
-    _call(client, "POST", "/api/copy", f"copy {source!r} to {destination!r}", json=request)
+    _call(client, "POST", "/api/copy", f"copy {source!r} to {destination!r}", again=True, json=request)
 
 
 def _delete(client: httpx.Client, name: str) -> bool:
     """Delete `name`; return False if there is no such model."""
-    response = _call(client, "DELETE", "/api/delete", f"delete {name!r}", accept=(200, 404), json={"model": name})
-    return response.status_code == 200
+    doing, what = f"delete {name!r}", {"model": name}
+    response = _call(client, "DELETE", "/api/delete", doing, accept=(200, 404), again=True, json=what)
+    return response.status_code == 200 or response.extensions["tries"] > 1  # deleted, and the answer was lost
 
 
 def _try_delete(client: httpx.Client, name: str) -> str:
@@ -587,7 +602,7 @@ def _try_delete(client: httpx.Client, name: str) -> str:
 def _read_digests(client: httpx.Client) -> dict[str, str]:
     """Return {full name: manifest digest} of every model."""
     doing = "list its models"
-    models = _call_json(client, "GET", "/api/tags", doing).get("models") or []
+    models = _call_json(client, "GET", "/api/tags", doing, again=True).get("models") or []
     try:
         return {_full_name(model["name"]): model["digest"] for model in models}
     except (TypeError, KeyError):
@@ -644,13 +659,27 @@ def _call(
     doing: str,
     seconds: float | None = None,
     accept: tuple[int, ...] = (200,),
+    again: bool = False,
     **request: Any,
 ) -> httpx.Response:
-    """Return the answer, or raise ExportError where its status is not among `accept`, or there is none."""
+    """Return the answer, or raise ExportError where its status is not among `accept`, or there is none. What does the
+    same if it is asked twice may be asked `again`; its `content` is a function then, that gives it anew. The answer's
+    extension `tries` says how often it was asked."""
     if seconds is not None:
         request["timeout"] = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+    make, tries = request.pop("content", None), 0
+
+    def ask() -> httpx.Response:
+        nonlocal tries
+        tries += 1
+        answer = client.request(method, path, content=make and make(), **request)
+        if answer.status_code >= 500 or answer.status_code in (408, 429):
+            raise httpx.HTTPStatusError("", request=answer.request, response=answer)
+        return answer
+
     with _explained(client, doing):
-        response = client.request(method, path, **request)
+        response = retried(ask, FIRST_WAIT, _is_worth) if again else ask()
+    response.extensions["tries"] = tries
     if response.status_code not in accept:
         _refuse(client, doing, response)
     return response
@@ -665,6 +694,15 @@ def _call_json(
     return answer
 
 
+def _is_worth(error: BaseException) -> bool:
+    """Return whether a call may succeed a little later: not where no Ollama listens, which is told at once, and not
+    where it says with HTTP 500 why it cannot, a file that is none or a full disk."""
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 500:
+        said = _parse_json(error.response.text)
+        return not (isinstance(said, dict) and "error" in said)
+    return is_passing(error) and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+
+
 def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -677,6 +715,8 @@ def _explained(client: httpx.Client, doing: str) -> Iterator[None]:
     """Turn what goes wrong with the connection inside into an ExportError, with the cause kept."""
     try:
         yield
+    except httpx.HTTPStatusError as error:
+        _refuse(client, doing, error.response)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ExportError(
             f"No Ollama answers at {_where(client)} to {doing} ({error or 'timed out'}). "

@@ -2,9 +2,14 @@
 
 import gzip
 import hashlib
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,18 +21,24 @@ from tasks.core.config import SourceConfig
 from tasks.core.errors import DataError
 from tasks.core.progress import watch_progress
 from tasks.data import downloads
+from tasks.data.downloads import fetch, list_remote
 from tasks.data.formats import Row
 from tasks.data.sources import content_identity, read_rows, source_name
+from tests.conftest import ROOT
 
 LINES = b'{"prompt": "q1", "response": "a"}\n{"prompt": "q2", "response": "a"}\n'
 
 
 class WebServer:
-    """Answers GET from `pages` (path to status, headers and body), and notes what was asked for."""
+    """Answers GET from `pages` (path to status, headers and body), and notes what was asked for. Some headers are for
+    the server: `Wait` seconds, with `Ranges` parts are given, after `Break` bytes the connection ends, after `Hold` it
+    waits for `go_on`. `before` is told the number of a request."""
 
     def __init__(self) -> None:
         self.pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.asked: list[tuple[str, dict[str, str]]] = []
+        self.go_on = threading.Event()
+        self.before: Callable[[int], None] = lambda number: None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,15 +49,31 @@ class WebServer:
 
             def do_GET(self) -> None:
                 server.asked.append((self.path, dict(self.headers)))
+                server.before(len(server.asked))
                 status, headers, body = server.pages.get(self.path.split("?")[0], (404, {}, b"no"))
-                if "Wait" in headers:
-                    time.sleep(float(headers["Wait"]))
+                own = ("Wait", "Ranges", "Break", "Hold")
+                wait, ranges, end, hold = (headers.get(name) for name in own)
+                headers = {name: value for name, value in headers.items() if name not in own}
+                if wait:
+                    time.sleep(float(wait))
+                mark = headers.get("ETag") or headers.get("Last-Modified")
+                if self.headers.get("If-Match", mark) != mark:
+                    status, body = 412, b"<Error><Code>PreconditionFailed</Code></Error>"
+                elif ranges and "Range" in self.headers and self.headers.get("If-Range", mark) == mark:
+                    start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                    status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+                    body = body[start:]
                 self.send_response(status)
                 length = {} if "Transfer-Encoding" in headers else {"Content-Length": str(len(body))}
                 for name, value in {"Connection": "close", **length, **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                body = body[: int(end)] if end else body
+                first = int(hold) if hold else len(body)
+                self.wfile.write(body[:first])
+                if hold:
+                    server.go_on.wait(60)
+                    self.wfile.write(body[first:])
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -69,6 +96,7 @@ def web() -> Iterator[WebServer]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(downloads, "FIRST_WAIT", 0.01)
     return tmp_path / "cache" / "downloads"
 
 
@@ -210,7 +238,7 @@ def test_what_a_server_answers_instead_of_the_file(web: WebServer, cache: Path) 
     assert not cache.exists()
 
 
-def test_a_download_that_breaks_off_leaves_nothing(
+def test_a_download_that_breaks_off_says_how_far_it_came(
     web: WebServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "SECONDS", 0.3)
@@ -223,9 +251,124 @@ def test_a_download_that_breaks_off_leaves_nothing(
     assert message_of(address) == f"{address}: the download broke off after 2 bytes (RemoteProtocolError). Run again."
     web.pages["/a.jsonl"] = (200, {"Wait": "0.6"}, LINES)
     assert message_of(address) == f"{address}: the server was silent for 0.3 s, after 0 bytes. Run again."
-    assert list(cache.iterdir()) == []
     web.pages["/a.jsonl"] = (200, {"ETag": "x"}, LINES)
     assert questions(address) == ["q1", "q2"]
+
+
+BODY = b"".join(b'{"prompt": "question %d", "response": "answer"}\n' % i for i in range(2000))
+
+
+def ranges(web: WebServer) -> list[str | None]:
+    return [headers.get("Range") for _, headers in web.asked]
+
+
+def download(web: WebServer, name: str = "a.jsonl") -> bytes:
+    (remote,) = list_remote(f"{web.url}/{name}?token=secret")
+    return fetch(remote).read_bytes()
+
+
+def test_what_broke_off_is_gone_on_with(web: WebServer, cache: Path) -> None:
+    for name, mark in (("a", {"ETag": '"one"'}), ("b", {"Last-Modified": "Sun, 22 Nov 2026 12:00:00 GMT"})):
+        web.asked.clear()
+        web.pages[f"/{name}.jsonl"] = (200, {**mark, "Ranges": "yes", "Break": "30000"}, BODY)
+        assert download(web, f"{name}.jsonl") == BODY
+        assert ranges(web) == [None, None, "bytes=30000-", None, "bytes=60000-", None, "bytes=90000-"]
+        assert web.asked[2][1]["If-Range"] == next(iter(mark.values()))
+    assert all(re.fullmatch("[0-9a-f]{64}", file.name) for file in cache.iterdir())
+
+
+def test_a_long_file_is_tried_again_for_as_long_as_more_of_it_comes(web: WebServer) -> None:
+    body = BODY * 80
+    web.pages["/a.jsonl"] = (200, {"ETag": '"one"', "Ranges": "yes", "Break": str(len(body) // 9)}, body)
+    assert len(body) // 9 * 4 > downloads.PIECE
+    assert download(web) == body
+    assert len([r for r in ranges(web) if r]) == 9
+
+
+@pytest.mark.parametrize("mark", [{"ETag": '"one"'}, {"ETag": 'W/"one"', "Ranges": "yes"}, {"Ranges": "yes"}])
+def test_a_server_without_parts_or_marks_starts_over(web: WebServer, cache: Path, mark: dict[str, str]) -> None:
+    web.pages["/a.jsonl"] = (200, {**mark, "Break": "30000"}, BODY)
+    assert message_of(f"{web.url}/a.jsonl?token=secret") == (
+        f"{web.url}/a.jsonl: the download broke off: expected {len(BODY):,} bytes, found 30,000. Run again."
+    )
+    web.pages["/a.jsonl"] = (200, mark, BODY)
+    assert download(web) == BODY
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_of_a_file_that_changed_no_byte_is_kept(web: WebServer, cache: Path) -> None:
+    other = BODY.replace(b"question", b"QUESTION")
+    web.pages["/a.jsonl"] = (200, {"ETag": '"one"', "Ranges": "yes", "Break": "20000"}, BODY)
+    message_of(f"{web.url}/a.jsonl?token=secret")
+    assert [file.stat().st_size for file in cache.iterdir()] == [80_000]
+
+    def change(number: int) -> None:  # between what is asked first and the rest
+        if web.asked[number - 1][1].get("Range"):
+            web.pages["/a.jsonl"] = (200, {"ETag": '"two"', "Ranges": "yes"}, other)
+
+    web.before = change
+    web.asked.clear()
+    assert download(web) == other
+    assert ranges(web) == [None, "bytes=80000-", None]
+
+
+def test_a_download_whose_process_was_killed_is_gone_on_with(web: WebServer, cache: Path) -> None:
+    web.pages["/a.jsonl"] = (200, {"ETag": '"one"', "Ranges": "yes", "Hold": "50000"}, BODY)
+    code = "import sys; from tasks.data.downloads import *; fetch(list_remote(sys.argv[1])[0])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, f"{web.url}/a.jsonl?token=secret"], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    end = time.monotonic() + 120
+    try:
+        while not web.asked and time.monotonic() < end:
+            time.sleep(0.02)
+        web.pages["/a.jsonl"] = (200, {"ETag": '"one"', "Ranges": "yes"}, BODY)
+        while not list(cache.glob("part-*")) and time.monotonic() < end:
+            time.sleep(0.02)
+        (part,) = cache.glob("part-*")
+        waiting = threading.Thread(target=lambda: found.append(download(web)))
+        found: list[bytes] = []
+        waiting.start()
+        while len(web.asked) < 2 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not found, "the other process is at it"
+        while not part.stat().st_size and time.monotonic() < end:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+        web.go_on.set()
+    waiting.join(60)
+    assert found == [BODY]
+    assert 0 < int(str(ranges(web)[-1]).removeprefix("bytes=").removesuffix("-")) <= 50000
+    assert [file.name.startswith("part-") for file in cache.iterdir()] == [False]
+
+
+def test_of_several_at_once_one_downloads(web: WebServer, cache: Path) -> None:
+    web.pages["/a.jsonl"] = (200, {"ETag": '"one"', "Hold": "50000"}, BODY)
+    web.before = lambda number: web.go_on.set() if number == 4 else None
+    with ThreadPoolExecutor(4) as pool, watch_progress(lambda stage, done, total, note: None):
+        found = list(pool.map(lambda _: download(web), range(4)))
+    assert found == [BODY] * 4
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_busy_server_is_asked_again_and_a_wrong_address_is_not(web: WebServer) -> None:
+    for status in (503, 429, 500):
+        web.asked.clear()
+        web.pages["/a.jsonl"] = (status, {}, b"busy")
+
+        def ready(number: int) -> None:
+            if number == 3:
+                web.pages["/a.jsonl"] = (200, {"ETag": f'"{web.asked}"'[:9]}, LINES)
+
+        web.before = ready
+        assert download(web) == LINES
+        assert len(web.asked) == 3
+        web.before = lambda number: None
+    web.asked.clear()
+    message_of(f"{web.url}/gone.jsonl")
+    assert len(web.asked) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(web: WebServer, cache: Path) -> None:
@@ -323,7 +466,22 @@ def test_no_credentials_no_rights_and_a_broken_off_object(web: WebServer, aws: p
     assert message_of("s3://data/a.jsonl") == (
         "s3://data/a.jsonl: the store cannot be reached, or broke off. Check AWS_ENDPOINT_URL_S3 and the network."
     )
-    assert list(cache.iterdir()) == []
+    web.asked.clear()
+    web.pages["/data/b.jsonl"] = (200, {"ETag": '"x"', "Ranges": "yes", "Break": "30000"}, BODY)
+    assert fetch(list_remote("s3://data/b.jsonl")[0]).read_bytes() == BODY
+    assert ranges(web)[1:] == [None, "bytes=30000-", None, "bytes=60000-", None, "bytes=90000-"]
+    assert web.asked[2][1]["If-Match"] == '"x"'
+    web.pages["/data/c.jsonl"] = (200, {"ETag": '"x"', "Ranges": "yes", "Break": "20000"}, BODY)
+    message_of("s3://data/c.jsonl")
+    web.asked.clear()
+
+    def change(number: int) -> None:
+        if web.asked[number - 1][1].get("Range"):
+            web.pages["/data/c.jsonl"] = (200, {"ETag": '"y"', "Ranges": "yes"}, LINES)
+
+    web.before = change
+    assert fetch(list_remote("s3://data/c.jsonl")[0]).read_bytes() == LINES
+    assert ranges(web) == [None, "bytes=80000-", None]
     aws.delenv("AWS_ACCESS_KEY_ID")
     aws.delenv("AWS_SECRET_ACCESS_KEY")
     aws.setattr("boto3.DEFAULT_SESSION", None)  # it remembers credentials

@@ -142,7 +142,7 @@ def models(smollm_folder: Path, smollm_gguf: Path, tmp_path_factory: pytest.Temp
     plans = SharedPrefixLM(load_model(smollm_folder, torch.float32, "cpu"), tokenizer, 48, lambda done, total: None)
     mask = SharedPrefixLM(load_model(folder, torch.float32, "cpu"), tokenizer, 48, lambda done, total: None)
     assert (plans.plans, mask.plans) == (True, False)
-    gguf = GgufLM(smollm_gguf, tokenizer, 512, 2, lambda done, total: None)
+    gguf = GgufLM(smollm_gguf, tokenizer, 512, 1, lambda done, total: None)
     yield {"plans": plans, "mask": mask, "gguf": gguf}
     gguf.close()
 
@@ -184,6 +184,7 @@ def test_an_interrupted_list_of_requests_is_gone_on_with(
     def run(place: Store, end: int | None) -> tuple[list[Any] | None, int, set[str] | None, Responses]:
         with monkeypatch.context() as patched:
             patched.setattr("tasks.evaluation.prefix_lm.BATCH", 4)
+            patched.setattr(backend, "batch_size_per_gpu", 4, raising=False)
             for name in responses.KINDS:
                 patched.setattr(backend, name, getattr(backend, name))  # undone: attach sets it
             passes, answers = Passes(patched, backend, end), Responses(place, "model")

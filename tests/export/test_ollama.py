@@ -3,7 +3,9 @@ import os
 import socket
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from tasks.core.digest import file_sha256
 from tasks.core.errors import ExportError
 from tasks.core.ollama import PARAMETERS
+from tasks.core.retry import TRIES
 from tasks.export import ollama as registrar
 from tasks.export.ollama import (
     Generation,
@@ -95,7 +98,8 @@ OTHER_ERRORS = [
 
 
 @pytest.fixture
-def ollama() -> Iterator[RecordedOllama]:
+def ollama(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedOllama]:
+    monkeypatch.setattr(registrar, "FIRST_WAIT", 0.01)
     with RecordedOllama() as server:
         yield server
 
@@ -310,14 +314,15 @@ def test_every_recorded_refusal_to_create(ollama: RecordedOllama, gguf: Path, ex
     [(True, "broke off the connection"), (False, 'ended without success, after {"status": "verifying conversion"}')],
 )
 def test_a_create_that_ends_in_the_middle(ollama: RecordedOllama, gguf: Path, cut: bool, found: str) -> None:
-    ollama.pin("POST", "/api/create", "030-create-stream-minimal", lines=2, cut=cut)
+    for _ in range(TRIES if cut else 1):
+        ollama.pin("POST", "/api/create", "030-create-stream-minimal", lines=2, cut=cut)
     with pytest.raises(ExportError) as error:
         register(ollama, gguf)
     assert found in message_of(error, ollama)
     assert ollama.models == {}
-    assert [body["model"] for body in ollama.asked("DELETE", "/api/delete")] == [
-        body["model"] for body in ollama.asked("POST", "/api/create")
-    ]
+    assert len(ollama.asked("POST", "/api/create")) == (TRIES if cut else 1)
+    (trial,) = ollama.asked("DELETE", "/api/delete")
+    assert {body["model"] for body in ollama.asked("POST", "/api/create")} == {trial["model"]}
 
 
 @pytest.mark.parametrize("exchange", BAD_PARAMETERS)
@@ -416,7 +421,8 @@ def test_a_first_copy_that_fails_leaves_nothing(ollama: RecordedOllama, gguf: Pa
 
 
 def test_a_first_copy_whose_answer_is_lost_leaves_nothing(ollama: RecordedOllama, gguf: Path) -> None:
-    ollama.pin("POST", "/api/copy", "107-copy", cut=True, carried_out=True)
+    for _ in range(TRIES):
+        ollama.pin("POST", "/api/copy", "107-copy", cut=True, carried_out=True)
     with pytest.raises(ExportError) as error:
         register(ollama, gguf)
     assert "broke off the connection when asked to copy" in message_of(error, ollama)
@@ -498,6 +504,48 @@ def test_an_upload_that_is_broken_off(ollama: RecordedOllama, tmp_path: Path) ->
     assert ollama.blobs == set() and ollama.models == {}
     ollama.drop_upload_after_bytes = None
     assert register(ollama, gguf).digest  # and once more from the start
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_may_be_asked_twice_is_asked_again_after_a_passing_trouble(
+    ollama: RecordedOllama, gguf: Path, cut: bool
+) -> None:
+    """A connection that dies, before or after the work was done; a server that is overloaded (of which there is no
+    recording: it is a status without a word of Ollama's)."""
+    expected = register(ollama, gguf)
+    delete_model(ollama.url, "demo")
+    ollama.blobs.clear()
+    ollama.requests.clear()
+    asked = [
+        ("GET", "/api/tags"),
+        ("HEAD", "/api/blobs/"),
+        ("POST", "/api/blobs/"),
+        ("POST", "/api/create"),
+        ("POST", "/api/copy"),
+        ("DELETE", "/api/delete"),
+    ]
+    busy = ollama.exchanges["118-unknown-route"]
+    ollama.exchanges["busy"] = replace(busy, status=503, kind="text", body="busy", headers={})
+    for method, path in asked:
+        done = cut and path in ("/api/create", "/api/copy", "/api/delete")
+        ollama.pin(method, path, "busy", cut=cut, carried_out=done)
+        ollama.pin(method, path, "busy", cut=cut)
+    assert register(ollama, gguf) == expected
+    assert ollama.pins == []
+    assert ollama.models == {"demo:latest": "tmpl-notemplate:latest"}
+    counts = Counter((method, path.partition("sha256:")[0]) for method, path, _ in ollama.requests)
+    assert [counts[call] for call in asked] == [4, 3, 3, 3, 3, 3]
+    ollama.pin("DELETE", "/api/delete", "busy", cut=True, carried_out=True)
+    delete_model(ollama.url, "demo")
+    assert ollama.models == {}
+
+
+def test_what_ollama_gives_a_reason_for_is_not_asked_again(ollama: RecordedOllama, gguf: Path) -> None:
+    ollama.pin("POST", "/api/copy", "041-create-unknown-digest-nostream")
+    assert ollama.exchanges["041-create-unknown-digest-nostream"].status == 500
+    with pytest.raises(ExportError, match="no such file or directory"):
+        register(ollama, gguf)
+    assert len(ollama.asked("POST", "/api/copy")) == 1
 
 
 def test_a_file_that_shrinks_while_it_is_uploaded(ollama: RecordedOllama, tmp_path: Path) -> None:

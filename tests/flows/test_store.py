@@ -1,5 +1,6 @@
 """`forgetless store`: what is listed, checked and removed, on a folder and on an S3 server over HTTP."""
 
+import fcntl
 import json
 import os
 import signal
@@ -398,6 +399,23 @@ def test_what_killed_processes_left_goes_and_what_is_at_work_stays(place: Place)
     finally:
         alive.kill()
         alive.wait()
+
+
+def test_parts_of_downloads_and_answers_of_unfinished_scorings_go(place: Place) -> None:
+    downloads = place.settings.cache / "downloads"
+    downloads.mkdir(parents=True)
+    old, held, whole = (downloads / name for name in ("part-a-9", "part-b-9", "a"))
+    for file in (old, held, whole):
+        file.write_bytes(b"x" * 7)
+    place.store.write_bytes("unfinished/abc/0.json", b"{}")
+    now = place.store.clock() + DAY + 10
+    with held.open("rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        expected = dict.fromkeys((str(old), "unfinished/abc/0.json"), "left by a process")
+        assert place.gc(place.store.clock()) == {}, "younger than a day"
+        assert place.gc(now, dry_run=True) == place.gc(now) == expected
+    assert sorted(file.name for file in downloads.iterdir()) == ["a", "part-b-9"]
+    assert not list(place.store.list_files("unfinished"))
 
 
 def test_unfinished_uploads_and_temporary_files_go(place: Place) -> None:
