@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     from tasks.core.settings import quiet_libraries
 
     quiet_libraries()
-    os.umask(
-        os.umask(0) | stat.S_IWOTH
-    )  # a group may share what is written, not everyone change it
+    os.umask(os.umask(0) | stat.S_IWOTH)  # a group may share what is written, not everyone change it
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         with _raising_on_sigterm():

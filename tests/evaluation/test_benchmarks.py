@@ -10,7 +10,7 @@ import pytest
 from tasks.core.config import EvalConfig, TaskConfig
 from tasks.core.errors import ConfigError
 from tasks.evaluation.benchmarks import BENCHMARKS, LETTERS, build_benchmark
-from tasks.evaluation.suite import read_item_texts, suite_digest
+from tasks.evaluation.suite import build_tasks, read_item_texts, suite_digest
 from tests.conftest import DATA
 
 EVAL = DATA / "eval"
@@ -238,3 +238,20 @@ def test_hellaswag_winogrande_and_arc_read_the_hubs_columns(tmp_path: Path) -> N
         (task,) = build(name, path)
         assert len(task.eval_docs) == 1
         assert len(task.doc_to_choice(task.eval_docs[0])) == 2
+
+
+def test_a_template_in_a_row_stays_text(tmp_path: Path) -> None:
+    """lm-eval's own templates run in no sandbox: what a row says must only ever be put into one, never be one."""
+    trace = tmp_path / "was-here"
+    evil = f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}} {{{{ 7 * 7 }}}}{{% set x = 1 %}}"
+    write_csv(tmp_path / "test" / "anatomy_test.csv", [[evil, evil, evil, "y", "z", "C"]] * 2)
+    write_csv(tmp_path / "dev" / "anatomy_dev.csv", [[evil, evil, "b", "c", "d", "A"]] * 5)
+    (task,) = build("mmlu", tmp_path, shots=1, subjects=["anatomy"])
+    prompt = first_prompt(task)
+    assert prompt.count(evil) == 5 and not trace.exists()
+    rows = [{"context": evil, "choices": [evil, "x"], "gold": 0}]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"name": "c", "role": "target", "tasks": [{"name": "c", "choices": str(tmp_path / "choices.jsonl")}]}
+    (own,) = build_tasks(EvalConfig(capabilities=[config]), None).tasks
+    doc = own.eval_docs[0]
+    assert own.doc_to_text(doc) == evil and own.doc_to_choice(doc)[0].strip() == evil and not trace.exists()
