@@ -17,7 +17,7 @@ _held: dict[Path, int] = {}
 
 def make_cache(cache: Path) -> Path:
     """Return the cache's folder, made for its user alone: it has copies of rows, answers and models. Raises OSError."""
-    if not cache.is_dir():
+    if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.mkdir(mode=0o700, exist_ok=True)
     return cache
