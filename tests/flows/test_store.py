@@ -289,23 +289,44 @@ def test_a_run_at_work_is_not_deleted(place: Place, capsys: pytest.CaptureFixtur
     assert main(["store", "rm", run]) == 0, "its manifest says running, but nobody is at it"
 
 
+def put_checkpoint(store: Store, training: Stage, run: str | None) -> str:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "state.safetensors").write_bytes(b"state" * 100)
+        return {"run": run}
+
+    return path_of(stored(store, checkpoint_stage(training, "000120"), CheckpointRef, write).artifact)
+
+
+@pytest.mark.parametrize("when", ["before its marker is read", "while its files are read"])
+def test_a_checkpoint_that_a_training_deletes_meanwhile_is_not_damaged(
+    place: Place, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    run = "demo-20260101-000000-001"
+    put_run(place.store, run, put(place.store, "shared"))
+    path = put_checkpoint(place.store, Stage("adapter", 1, ["rows"], {}), run)
+    what = "list_files" if when.startswith("before") else "stream"
+    former = getattr(place.store, what)
+
+    def read(name: str) -> Any:
+        found = list(former(name)) if what == "list_files" else None
+        if name == "artifacts" or (what == "stream" and name.startswith(path)):
+            place.store.delete(path)
+        return former(name) if found is None else iter(found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.store, what, read)
+        found = verify_artifacts(place.store, None, lambda _: None)
+    assert found["problems"] == []
+    assert not any("checkpoint/" in file.path for file in place.store.list_files("artifacts"))
+
+
 def test_gc_keeps_the_checkpoints_of_a_training_that_did_not_end(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = Stage("adapter", 1, ["rows"], {})
-
-    def put_checkpoint(training: Stage, run: str | None) -> str:
-        stage = checkpoint_stage(training, "000120")
-
-        def write(folder: Path) -> dict[str, Any]:
-            (folder / "state.safetensors").write_bytes(b"state" * 100)
-            return {"run": run}
-
-        return path_of(stored(place.store, stage, CheckpointRef, write).artifact)
-
     put_run(place.store, "demo-20260101-000000-001", put(place.store, "shared"))
-    kept = put_checkpoint(training, "demo-20260101-000000-001")
-    of_no_run = put_checkpoint(Stage("adapter", 1, ["others"], {}), None)
+    kept = put_checkpoint(place.store, training, "demo-20260101-000000-001")
+    of_no_run = put_checkpoint(place.store, Stage("adapter", 1, ["others"], {}), None)
     (listed,) = (a for a in output(capsys, "store", "ls", "checkpoint")[1] if kept.endswith(a["key"]))
     assert listed["runs"] == ["demo-20260101-000000-001"]
     assert output(capsys, "store", "du")[1]["kinds"]["checkpoint"] > 1000
@@ -315,7 +336,7 @@ def test_gc_keeps_the_checkpoints_of_a_training_that_did_not_end(
     ]
     far = place.store.clock() + 3 * DAY
     assert place.gc(far) == {of_no_run: "no run reaches it"}
-    put_checkpoint(Stage("adapter", 1, ["deleted"], {}), "demo-20250101-000000-001")
+    put_checkpoint(place.store, Stage("adapter", 1, ["deleted"], {}), "demo-20250101-000000-001")
     assert len(place.gc(far, dry_run=True)) == 1
     stored(place.store, training, ModelRef, lambda folder: {"dtype": "float32"})
     assert kept in place.gc(far, dry_run=True), "its adapter is there"
