@@ -32,17 +32,18 @@ class Server:
             "PREFECT_API_URL": self.url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "FORGETLESS_HOME": str(ROOT),
+            "PYTHONPATH": str(ROOT),
             "OLLAMA_HOST": "127.0.0.1:9",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             **environment,
         }
 
-    def start(self, *words: str, name: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, name: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[bytes]:
         """Start `python WORDS` in a session of its own, its output in a file `name`.log."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, *words],
-                cwd=ROOT,
+                cwd=folder,
                 env=self.environment | environment,
                 stdout=log,
                 stderr=log,
@@ -51,9 +52,12 @@ class Server:
         self.processes.append(process)
         return process
 
-    def worker(self, pool: str, name: str | None = None, **environment: str) -> subprocess.Popen[bytes]:
+    def worker(
+        self, pool: str, name: str | None = None, *words: str, folder: Path = ROOT, **environment: str
+    ) -> subprocess.Popen[bytes]:
         name = name or f"worker-{pool}"
-        return self.start("-m", "prefect", "worker", "start", "--pool", pool, "--name", name, name=name, **environment)
+        command = ["-m", "prefect", "worker", "start", "--pool", pool, "--name", name, *words]
+        return self.start(*command, name=name, folder=folder, **environment)
 
     def run(self, *words: str, code: int = 0) -> str:
         """Return what `python WORDS` prints, after it ended with `code`."""
@@ -63,7 +67,7 @@ class Server:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
             check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr
