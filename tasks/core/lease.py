@@ -150,8 +150,10 @@ class Lease:
         return found
 
     def _tell(self, files: list["StoredFile"]) -> None:
-        """Say on standard error for whom this process waits."""
+        """Say on standard error for which other process this one waits."""
         holder = self._read(files)
+        if holder.get("space") and (holder["space"], holder["process"]) == (_space(), os.getpid()):
+            return  # another thread of this process, which says itself what it does
         since = datetime.fromtimestamp(files[0].written).astimezone()
         print(
             f"forgetless: process {holder.get('process', '?')} on {holder.get('host', '?')} has been making this "
