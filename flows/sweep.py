@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 from prefect import flow, runtime
@@ -49,7 +50,7 @@ quiet_libraries()
 
 
 def _run_name() -> str:
-    return f"sweep-{(runtime.flow_run.parameters or {}).get('recipe')}".replace("/", "-")
+    return f"sweep-{Path(str((runtime.flow_run.parameters or {}).get('recipe'))).stem}"
 
 
 @flow(name="sweep", flow_run_name=_run_name, persist_result=False, validate_parameters=True)

@@ -65,6 +65,9 @@ with st.container(gap="xsmall"):
     if manifest.recipe.description:
         st.text(manifest.recipe.description)
     st.caption(results.describe_run(manifest))
+if manifest.sweep:
+    label = f"A trial of the sweep **{results.escape_markdown(manifest.sweep)}**, which exports nothing"
+    st.page_link("app_pages/sweep.py", label=label, query_params={"sweep": manifest.sweep})
 for note in manifest.notes:
     st.info(results.escape_markdown(note))
 

@@ -2,6 +2,7 @@
 anything starts. Which settings come next depends on the seed, and with Optuna on the results so far, on nothing else.
 """
 
+import importlib.util
 import json
 import math
 import random
@@ -57,6 +58,8 @@ def plan_search(recipe: str, overrides: list[str], data: str | None, search: Swe
     base = load_recipe(recipe, overrides, data)
     axes = read_axes(search)
     problems = _refuse(axes, search)
+    if search.optuna and importlib.util.find_spec("optuna") is None:
+        problems.append("--optuna needs Optuna, which is not installed: pip install 'forgetless[sweep]'")
     methods = [base.train.method, *(value for axis in axes if axis.key == "train.method" for value in axis.values)]
     if search.strengths and (virtual := next((m for m in methods if m in ("prefix", "prompt")), None)):
         problems.append(f"--strengths scales weights, and train.method {virtual} changes none.")
@@ -118,12 +121,9 @@ def draw_point(axes: Sequence[Axis], seed: str) -> Values:
 
 def propose_point(axes: Sequence[Axis], seed: int, number: int, done: Sequence[Result]) -> Values:
     """Return the settings that Optuna's TPE proposes as the `number`th, after the results so far; the same ones for the
-    same seed and results. What was done already is only proposed again where nothing else is found. Raises
-    ConfigError without Optuna."""
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError("--optuna needs Optuna, which is not installed: pip install 'forgetless[sweep]'") from None
+    same seed and results. What was done already is only proposed again where nothing else is found."""
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     spaces = {axis.key: _distribution(optuna.distributions, axis) for axis in axes}
     tried = [values for values, _, _ in done]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,12 @@ def test_every_problem_is_said_before_anything_starts(recipe: str, given: dict, 
 def test_what_does_not_go_together_is_said(given: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         search(**given)
+
+
+def test_optuna_is_missed_before_anything_starts(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'forgetless\[sweep\]'"):
+        plan_search(recipe, [], None, search(random=[RATE], optuna=True, trials=2))
 
 
 def test_scales_of_the_adapter_may_be_swept(recipe: str) -> None:

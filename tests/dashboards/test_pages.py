@@ -328,6 +328,13 @@ def test_a_sweep_shows_its_front_its_best_and_every_trial(show: Show, tmp_path: 
     assert not [m.value for m in (*at.markdown, *at.caption) if "evil.example" in m.value]
 
 
+def test_a_trial_leads_to_its_sweep(show: Show, tmp_path: Path) -> None:
+    write_manifest(FileStore(tmp_path), made.rejected().model_copy(update={"sweep": made.SWEEP}))
+    (link,) = show(made.REJECTED).page_link
+    assert "A trial of the sweep" in link.value
+    assert link.proto.query_string == f"sweep={made.SWEEP}"
+
+
 def test_a_sweep_at_work_is_followed_and_one_without_points_says_so(show: Show, tmp_path: Path) -> None:
     waiting = [trial.model_copy(update={"status": "pending", "deltas": []}) for trial in made.sweep().trials[:2]]
     empty = {"status": "running", "points": [], "best": None, "run": None, "confirmed": [], "verdict": None}
