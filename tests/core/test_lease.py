@@ -151,7 +151,7 @@ def test_of_processes_at_once_one_computes_and_all_get_its_record(processes: Pro
 
 
 def test_who_waits_says_for_whom(processes: Processes) -> None:
-    holder = processes.start_holder(seconds=3)
+    holder = processes.start_holder(seconds=10)
     _, made, said = finish(processes.start())
     assert not made
     assert f"process {holder.pid} on {os.uname().nodename} has been making this merged artifact since " in said
