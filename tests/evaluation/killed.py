@@ -2,7 +2,7 @@
 
 ASKED is JSON: `suite` (an EvalConfig), `base` (a folder), `store` (a folder), `gguf` (a file to score, or null for
 the base), and `die`, the number of writes of unfinished responses after which SIGKILL comes (null for none).
-Prints as JSON how many passes through the model there were, by kind, and the sha256 of the items' file.
+Prints as JSON how many passes through the model there were, by kind, how many such writes, and the sha256 of the items.
 """
 
 import functools
@@ -37,15 +37,14 @@ def count(counts: Counter[str], owner: Any, name: str) -> None:
     setattr(owner, name, counting)
 
 
-def die_after(writes: int) -> None:
-    """Let this process be killed once it has written so many files of unfinished responses."""
-    former, seen = FileStore.write_bytes, 0
+def die_after(writes: int | None, seen: Counter[str]) -> None:
+    """Count the files of unfinished responses that are written; let this process be killed after so many."""
+    former = FileStore.write_bytes
 
     def write(store: FileStore, path: str, data: bytes) -> None:
-        nonlocal seen
         former(store, path, data)
-        seen += path.startswith(responses.UNFINISHED)
-        if seen == writes:
+        seen["writes"] += path.startswith(responses.UNFINISHED)
+        if seen["writes"] == writes:
             os.kill(os.getpid(), signal.SIGKILL)
 
     FileStore.write_bytes = write  # type: ignore[method-assign]
@@ -59,8 +58,8 @@ def main() -> None:
     for owner, name in ((SharedPrefixLM, "_score_row"), (prefix_lm, "generate"), (LlamaReader, "read")):
         count(counts, owner, name)
     responses.WRITE_SECONDS = 0
-    if asked["die"]:
-        die_after(asked["die"])
+    seen: Counter[str] = Counter()
+    die_after(asked["die"], seen)
     base = prepare_base.fn(model, store.url)
     if asked["gguf"]:
         gguf = Path(asked["gguf"])
@@ -75,7 +74,8 @@ def main() -> None:
     else:
         sheet = steps.score_model.fn(model, evaluation, base, None, store.url, "before")
     items = store.local_folder(sheet.artifact) / "items.jsonl"
-    print(json.dumps({"passes": counts, "items": file_sha256(items), "lines": items.read_text().count("\n")}))
+    lines = items.read_text().count("\n")
+    print(json.dumps({"passes": counts, "items": file_sha256(items), "lines": lines, "writes": seen["writes"]}))
 
 
 if __name__ == "__main__":
