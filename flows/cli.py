@@ -123,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "Run a recipe: from data to a chat model with a verdict.", recipe, output)
     run.add_argument("--gate", action="store_true", help="stop before the merge unless promoted; exit 4 or 5")
     add("plan", _plan, "Say what a run would do, and find every configuration error.", recipe, output)
+    text = "Bring all that a recipe needs from elsewhere into the store, for runs without a network."
+    add("fetch", _fetch, text, recipe, output)
     add("runs", _runs, "List the runs in the store.", output)
     show = add("show", _show, "Show one run.", output)
     text = "a run's name, or latest; with --lineage also the name of its model in Ollama, or a file's or model's sha256"
@@ -313,8 +315,9 @@ def _add_store_commands(commands: Any, *parents: argparse.ArgumentParser) -> Non
     gc = add("gc", _store_gc, "Remove what no run reaches and what killed processes left, if older than a day.")
     gc.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     gc.add_argument("--cache", action="store_true", help="empty this machine's cache too, but for what is in use")
-    rm = add("rm", _store_rm, "Delete a run, whose artifacts gc then removes, or one artifact.")
-    rm.add_argument("name", metavar="RUN|KIND/KEY", help="a run's name, or an artifact as store ls names it")
+    rm = add("rm", _store_rm, "Delete a run or what was fetched, whose artifacts gc then removes, or one artifact.")
+    text = "a run's name, or what was fetched or an artifact as store ls names it"
+    rm.add_argument("name", metavar="RUN|fetched/NAME|KIND/KEY", help=text)
 
 
 def _strengths(text: str) -> list[float]:
@@ -444,6 +447,24 @@ def _plan(arguments: argparse.Namespace) -> int:
         _print_json(plan)
     else:
         show_plan(plan)
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from flows.fetch import fetch_recipe
+    from flows.screen import show_fetched, show_progress
+    from tasks.core.config import load_recipe
+    from tasks.core.store import check_writable
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides, arguments.data)
+    store = _open_store(arguments)
+    check_writable(store)
+    with show_progress() as say:
+        done = fetch_recipe(recipe, store, say)
+    if arguments.json:
+        _print_json(done)
+    else:
+        show_fetched(done)
     return 0
 
 
@@ -888,7 +909,8 @@ def _store_rm(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print_json({"removed": path})
     else:
-        _say(f"Removed {path}." + (" Its artifacts: forgetless store gc" if path.startswith("runs/") else ""))
+        ends = " Its artifacts: forgetless store gc" if path.startswith(("runs/", "fetched/")) else ""
+        _say(f"Removed {path}.{ends}")
     return 0
 
 

@@ -150,7 +150,7 @@ def finetune(
         manifest.data_report = report = run.stage("validate", lambda: validate_dataset(config.data, dataset, url))
         require_valid(report)
         manifest.base = base = run.stage("base", lambda: prepare_base(config.model, url))
-        manifest.licences = [base_licence(config.model, base.license), *list_licences(config.data)]
+        manifest.licences = [base_licence(config.model, base.license), *list_licences(config.data, place)]
         manifest.notes = check_use(config.export.use, manifest.licences)
         manifest.tokens = tokens = run.stage("tokens", lambda: tokenise_data(config, base, dataset, items, url))
         require_valid(tokens)

@@ -1,12 +1,12 @@
 """What a run would do, found without torch or Prefect: stages reused or computed, and what the items can detect."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tasks.core.config import EvalConfig, ModelConfig, Recipe, TaskConfig
-from tasks.core.errors import DataError, ModelError
+from tasks.core.config import EvalConfig, ModelConfig, Recipe, SourceConfig, TaskConfig
+from tasks.core.errors import ConfigError, DataError, ForgetlessError, ModelError
 from tasks.core.licences import check_use
 from tasks.core.manifest import find_start, shipped_part
 from tasks.core.paired import detectable_change
@@ -27,6 +27,7 @@ from tasks.core.records import (
     ScoreSheet,
     TokensRef,
 )
+from tasks.core.retry import is_out_of_reach
 from tasks.core.stages import (
     Stage,
     adapter_stage,
@@ -44,20 +45,28 @@ from tasks.core.stages import (
     validation_stage,
 )
 from tasks.core.store import Store, find_artifact
-from tasks.data.sources import list_licences, prompts_digest, source_digests
+from tasks.data.sources import (
+    all_sources,
+    content_identity,
+    is_hub_id,
+    list_licences,
+    prompts_digest,
+    read_files,
+    resolve_entry,
+)
+from tasks.evaluation.hub_data import missing_tasks
 from tasks.evaluation.questions import read_questions
 from tasks.evaluation.suite import suite_digest
 from tasks.evaluation.vllm_backend import check_vllm
-from tasks.models.base import check_max_tokens, locate_base
+from tasks.models.base import BaseSource, check_max_tokens, locate_base
+from tasks.models.hub import is_hub_reached
 from tasks.training.trackers import check_trackers
 
 Found = TypeVar("Found", bound=ArtifactRecord)
 Located = TypeVar("Located")
 # A pair of models in our runs disagrees on about one item in ten; what is detectable follows from it.
 EXPECTED_DISCORDANCE = 0.1
-# What lies under our own errors where nothing answered: the Hub's types, httpx's and botocore's, by name as they are
-# not loaded here. A wrong or gated id is none of them, nor is an address that no server can have.
-OUT_OF_REACH = {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "ConnectTimeout"}
+MODEL_STAGES = {"base", "tokens", "before", "train", "after", "merge", "gguf", "proof"}
 
 
 @dataclass(frozen=True)
@@ -81,18 +90,21 @@ class Detectable:
 
 
 def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[str, Any]:
-    """Return the plan as plain values. Raises the same errors as the run would, before anything starts; but with
-    `offline_ok`, a base or data set that is neither here nor in reach is noted, and what needs it is to be computed."""
+    """Return the plan as plain values. Raises the same errors as the run would, before anything starts, and what cannot
+    be had all at once; but with `offline_ok`, a base or data set that is neither here nor in reach is noted, and what
+    needs it is to be computed."""
     stages: list[PlannedStage] = []
     notes: list[str] = []
+    problems: list[ForgetlessError] = []
 
     def locate(work: Callable[[], Located]) -> Located | None:
         try:
             return work()
         except (ModelError, DataError) as error:
-            if not (offline_ok and _is_out_of_reach(error)):
-                raise
-            notes.append(f"{error} Until then it cannot be known what the store already has for it.")
+            if offline_ok and is_out_of_reach(error):
+                notes.append(f"{error} Until then it cannot be known what the store already has for it.")
+            else:
+                problems.append(error)
             return None
 
     def look(name: str, stage: Stage | None, record_type: type[Found]) -> Found | None:
@@ -100,13 +112,14 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
         stages.append(PlannedStage(name, "reuse" if found else "compute", found.artifact.uri if found else None))
         return found
 
-    source = locate(lambda: locate_base(recipe.model, weights=False))
-    sources = locate(lambda: source_digests(recipe.data))
-    licences = list_licences(recipe.data)
+    source = locate(lambda: locate_base(recipe.model, weights=False, store=store))
+    digests = [locate(lambda source=one: content_identity(source, store)) for one in all_sources(recipe.data)]  # type: ignore[misc]
+    sources = None if None in digests else [str(one) for one in digests]
+    suite = suite_digest(recipe.eval)
+    licences = list_licences(recipe.data, store) if sources or not problems else []
     if source or recipe.model.license:
         licences.insert(0, base_licence(recipe.model, source.license if source else None))
     notes += check_use(recipe.export.use, licences)
-    suite = suite_digest(recipe.eval)
     if recipe.eval.backend == "vllm" and not offline_ok:
         check_vllm()
     trust = recipe.model.trust_remote_code
@@ -138,6 +151,11 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
         ready = gguf_stage(recipe.export, base, adapter, merged, tokens)
     gguf = look("gguf", ready, GgufRef)
     look("proof", proof_stage(gguf, merged, tokens) if gguf and merged and tokens else None, ProofRef)
+    if not offline_ok:
+        computed = {s.stage for s in stages if s.action == "compute"}
+        rows = [one for one, digest in zip(all_sources(recipe.data), digests, strict=True) if digest]
+        problems += _find_missing(recipe, store, source, rows, computed)
+    _refuse(problems)
     stages += [PlannedStage("ollama", "always"), PlannedStage("publish", "always")]
     return {
         "recipe": recipe.name,
@@ -147,6 +165,36 @@ def plan_run(recipe: Recipe, store: Store, *, offline_ok: bool = False) -> dict[
         "detectable": [asdict(d) for d in _detectable(recipe.eval)],
         "notes": notes,
     }
+
+
+def _refuse(problems: list[ForgetlessError]) -> None:
+    """Raise one error with all problems, if there are any, and the way out where something cannot be reached."""
+    lines = list(dict.fromkeys(str(problem) for problem in problems))
+    if any(is_out_of_reach(problem) for problem in problems):
+        lines.append("forgetless fetch RECIPE, where there is a network, brings it into the store.")
+    if problems:
+        kinds = {type(problem) for problem in problems}
+        raise (kinds.pop() if len(kinds) == 1 else ConfigError)("\n".join(lines))
+
+
+def _find_missing(
+    recipe: Recipe, store: Store, base: BaseSource | None, sources: list[SourceConfig], computed: set[str]
+) -> Iterator[ForgetlessError]:
+    """Yield what the stages to be computed would not find where the Hub cannot be reached: weights or rows of which the
+    commit alone is known, and what lm-eval's own tasks load. `base` and `sources` are those that were located."""
+    work: list[Callable[[], object]] = []
+    if base and base.kind == "hub" and computed & MODEL_STAGES:
+        work.append(lambda: locate_base(recipe.model, store=store))
+    for source in sources if "dataset" in computed else []:
+        if is_hub_id(resolve_entry(source)[0].path):
+            work.append(lambda source=source: next(read_files(source, store), None))  # type: ignore[misc]
+    for attempt in [] if not work or is_hub_reached() else work:
+        try:
+            attempt()
+        except (ModelError, DataError) as error:
+            yield error
+    if computed & {"dataset", "before", "after"}:
+        yield from missing_tasks(recipe.eval, store)
 
 
 def base_licence(config: ModelConfig, stated: str | None) -> LicenceRef:
@@ -159,12 +207,6 @@ def base_licence(config: ModelConfig, stated: str | None) -> LicenceRef:
         license=config.license or stated,
         is_hub=not (is_local or is_packaged),
     )
-
-
-def _is_out_of_reach(error: BaseException) -> bool:
-    """Return whether an error of ours was raised because nothing answered, and not because an id is wrong or gated."""
-    cause = error.__context__
-    return cause is not None and any(kind.__name__ in OUT_OF_REACH for kind in type(cause).__mro__)
 
 
 def _tokens_stage(recipe: Recipe, store: Store, dataset: DatasetRef, base: BaseRef, items: str) -> Stage | None:

@@ -50,7 +50,8 @@ def prepare_data_flow(data: DataConfig, items: ItemsRef, store_url: str) -> Data
 def prepare_data(data: DataConfig, items: ItemsRef, store_url: str) -> DatasetRef:
     """Return the training rows, cleaned here or on the Dask cluster that `FORGETLESS_DASK` names."""
     settings = read_settings(store_url)
-    if not settings.dask or find_artifact(open_store(settings), dataset_stage_of(data, items), DatasetRef):
+    store = open_store(settings)
+    if not settings.dask or find_artifact(store, dataset_stage_of(data, items, store), DatasetRef):
         return fetch_dataset(data, items, store_url)
     return prepare_data_flow.with_options(task_runner=dask_runner(settings.dask))(data, items, store_url)
 

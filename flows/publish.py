@@ -63,5 +63,5 @@ def _fill(store: Store, run: RunManifest, kind: PushKind, folder: Path, place: A
         source = run.adapter.folder(store.local_folder(run.adapter.artifact))
         model = run.recipe.model.model_copy(update={"revision": run.base.revision})
         # Of a base on the Hub the tokenizer is enough: its weights may not be here.
-        base = locate_tokenizer(model, folder) if run.base.revision else open_base(store, run.base, model)
+        base = locate_tokenizer(model, folder, store) if run.base.revision else open_base(store, run.base, model)
         place_adapter(source, folder, run.base, base, run.adapter, model.trust_remote_code, place)

@@ -627,6 +627,24 @@ def show_problems(found: dict[str, Any]) -> None:
         console.print(f"  forgetless store rm {name}" + (f"   # {', '.join(runs)}" if runs else ""), soft_wrap=True)
 
 
+def show_fetched(done: dict[str, Any]) -> None:
+    """Print what was fetched, at which commit, and how large it is."""
+    console = _console()
+    if not done["items"]:
+        console.print(f"{done['recipe']} needs nothing from elsewhere.")
+        return
+    table = Table.grid(padding=(0, 2))
+    for item in done["items"]:
+        part = item["part"].get("name") or item["part"].get("subset") or ""
+        table.add_row(item["kind"], Text(item["name"], "bold"), part, item["commit"][:12], decimal(item["size_bytes"]))
+    console.print(table)
+    console.print(
+        f"{decimal(done['size_bytes'])} in {_place(done['store'])}. It stays until: forgetless store rm "
+        f"{done['record']}",
+        soft_wrap=True,
+    )
+
+
 def show_removed(done: dict[str, Any]) -> None:
     """Print what `store gc` removed, or would, and how much was freed."""
     console = _console()

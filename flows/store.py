@@ -1,7 +1,7 @@
 """What a store holds, whether it is whole, and what of it nobody needs: `forgetless store`.
 
-What a run reaches is what its manifest names, and what that was made from. What is younger than a day is never
-garbage: somebody may be at it.
+What a run reaches is what its manifest names, and what that was made from; a fetch reaches what its record names.
+What is younger than a day is never garbage: somebody may be at it.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from typing import Any
 from tasks.core.cache import folder_bytes, is_held, remove_unheld, trim_cache
 from tasks.core.digest import content_digest
 from tasks.core.errors import ConfigError, ForgetlessError, StoreError
+from tasks.core.fetched import FOLDER as FETCHED
+from tasks.core.fetched import read_records
 from tasks.core.lease import Lease
 from tasks.core.manifest import manifest_path, parse_manifest, read_manifest, run_ids, run_stage
 from tasks.core.records import ArtifactRef
@@ -36,7 +38,8 @@ Say = Callable[[str], None]
 
 @dataclass
 class Stored:
-    """An artifact as it lies in the store; `whole` says that it has its marker, `written` when its newest file came."""
+    """An artifact as it lies in the store; `whole` says that it has its marker, `written` when its newest file came,
+    `runs` which runs and fetches reach it."""
 
     kind: str
     key: str
@@ -51,8 +54,8 @@ class Stored:
 
 
 def list_artifacts(store: Store, name: str | None = None) -> list[Stored]:
-    """Return the artifacts of a kind, those that a run reaches, or all, the newest last. Raises ForgetlessError where
-    there is neither such a kind nor such a run."""
+    """Return the artifacts of a kind, those that a run or a fetch reaches, or all, the newest last. Raises
+    ForgetlessError where there is neither such a kind nor such a run."""
     found = _read_artifacts(store.list_files("artifacts"))
     reached = _read_reached(store, found)
     for artifact in found:
@@ -60,8 +63,8 @@ def list_artifacts(store: Store, name: str | None = None) -> list[Stored]:
     kinds = sorted({artifact.kind for artifact in found})
     if name in kinds:
         found = [artifact for artifact in found if artifact.kind == name]
-    elif name is not None and (name == "latest" or name in run_ids(store)):
-        run = read_manifest(store, name).run_id
+    elif name is not None and (name == "latest" or name in run_ids(store) or name in read_records(store)):
+        run = name if name.startswith(f"{FETCHED}/") else read_manifest(store, name).run_id
         found = [artifact for artifact in found if run in artifact.runs]
     elif name is not None:
         raise ForgetlessError(
@@ -231,10 +234,16 @@ def collect_garbage(
 
 
 def remove_from_store(store: Store, name: str) -> str:
-    """Delete a run's record, or an artifact given as KIND/KEY, and return its path. What the run alone reached is
-    garbage then. Raises ConfigError for what the registry names and for a run at work, ForgetlessError where there is
-    no such thing."""
-    if "/" in name:
+    """Delete a run's record, that of a fetch, or an artifact given as KIND/KEY, and return its path. What it alone
+    reached is garbage then. Raises ConfigError for what the registry names and for a run at work, ForgetlessError where
+    there is no such thing."""
+    if name.startswith(f"{FETCHED}/"):
+        path = f"{name}.json"
+        if path not in {file.path for file in store.list_files(FETCHED)}:
+            raise ForgetlessError(
+                f"There is no {name!r} in {store.url}. List what was fetched with: forgetless store ls"
+            )
+    elif "/" in name:
         path, (kind, _, key) = f"artifacts/{name}", name.partition("/")
         if kind not in store.list_folders("artifacts") or key not in store.list_folders(f"artifacts/{kind}"):
             raise ForgetlessError(f"There is no artifact {name!r} in {store.url}. List them with: forgetless store ls")
@@ -255,9 +264,9 @@ def remove_from_store(store: Store, name: str) -> str:
 
 
 def _read_reached(store: Store, artifacts: list[Stored]) -> dict[str, list[str]]:
-    """Return the runs that reach each artifact: their manifest names it, or what they reach was made from it, such as
-    evaluation items, rows that the base answered, what training went on from, the scores of a served file.
-    Raises StoreError for a manifest that cannot be read, or is absent and named by the registry."""
+    """Return the runs, and the records of fetches, that reach each artifact: they name it, or what they reach was made
+    from it, such as evaluation items, rows that the base answered, what training went on from, the scores of a served
+    file. Raises StoreError for what cannot be read, or is absent and named by the registry."""
     named: dict[str, list[str]] = {}
     unfinished: set[str] = set()
     ids = run_ids(store)
@@ -281,6 +290,8 @@ def _read_reached(store: Store, artifacts: list[Stored]) -> dict[str, list[str]]
     for name, writer in _read_checkpoints(store).items():
         if writer in unfinished:
             named[writer].append(f"checkpoint/{name}")
+    for record, fetched in read_records(store).items():
+        named[record] = sorted({f"{item.artifact.kind}/{item.artifact.key}" for item in fetched.items})
     for run, path in _registered_runs(store).items():
         if manifests.get(run) is None:
             raise StoreError(

@@ -91,9 +91,9 @@ def open_record(store: Store, found: Search, search: SweepConfig) -> Sweep:
 
     recipe = found.recipe
     contents = [
-        *source_digests(recipe.data),
+        *source_digests(recipe.data, store),
         suite_digest(recipe.eval),
-        locate_base(recipe.model, weights=False).content,
+        locate_base(recipe.model, weights=False, store=store).content,
     ]
     name = sweep_id(found, search, contents)
     known = read_sweep(store, name)

@@ -31,8 +31,8 @@ def watch(recipe: str = "quickstart", overrides: list[str] = [], store: str | No
     """
     place, config = open_store(read_settings(store)), load_recipe(recipe, overrides, None)
     now = {
-        "data": sha256(canonical_json(source_digests(config.data))),
-        "base": locate_base(config.model, weights=False).content,
+        "data": sha256(canonical_json(source_digests(config.data, place))),
+        "base": locate_base(config.model, weights=False, store=place).content,
     }
     path = f"watched/{sha256(canonical_json([recipe, overrides]))}.json"
     before = json.loads(place.read_bytes(path) or b"{}")

@@ -17,6 +17,8 @@ PASSING_KINDS = {
     *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),
     *("TransportError", "TimeoutError", "WrongBytes"),  # httpx's, Python's, ours
 }
+OUT_OF_REACH = {"LocalEntryNotFoundError", "ConnectionError", "NetworkError", "TimeoutException", "RemoteProtocolError"}
+"""What the Hub's library, Python, botocore and httpx raise where nothing answered."""
 
 
 class WrongBytes(Exception):
@@ -53,6 +55,19 @@ def is_unknown_host(error: BaseException) -> bool:
         if type(found).__name__ in ("gaierror", "NameResolutionError"):
             return True
         found = getattr(found, "kwargs", {}).get("error") or found.__cause__ or getattr(found, "reason", None)
+    return False
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Return whether an error, or the one that an error of ours was raised for, says that nothing answered or that the
+    server is down, and not that what was asked for is absent or closed."""
+    cause = error.__cause__ or error.__context__
+    for found in (error, *([cause] if cause else [])):
+        status, _ = error_code(found)
+        if (status or 0) >= 500 or status == 429:
+            return True
+        if OUT_OF_REACH & {kind.__name__ for kind in type(found).__mro__}:
+            return True
     return False
 
 

@@ -325,7 +325,7 @@ class FileStore:
     def list_partial(self) -> Iterator[StoredFile]:
         top = (p for folder in (self.root, self.root / "work") for p in folder.glob(".*") if p.is_file())
         found = [StoredFile(str(p.relative_to(self.root)), p.stat().st_size, p.stat().st_mtime) for p in top]
-        for folder in ("runs", "registry", "leases", "responses", "sweeps"):
+        for folder in ("runs", "registry", "fetched", "leases", "responses", "sweeps"):
             found += self.list_files(folder)
         yield from (file for file in found if TEMPORARY.fullmatch(file.path.rpartition("/")[2]))
 

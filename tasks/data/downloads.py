@@ -47,6 +47,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def address_digest(address: str) -> str:
+    """Return what an address is found by where it must not be read: its sha256 without the user and the password."""
+    return sha256(re.sub(r"(?<=://)[^/?#]*@", "", address).encode())
+
+
 def list_remote(path: str) -> list[Remote]:
     """Return the files that an address names: itself, or those under an s3 prefix or glob. Raises DataError."""
     path = reveal(path)

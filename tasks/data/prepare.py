@@ -26,6 +26,7 @@ from tasks.core.cache import locked_folder
 from tasks.core.config import DataConfig
 from tasks.core.digest import sha256
 from tasks.core.processes import map_processes
+from tasks.core.store import Store
 from tasks.data.duplicates import BANDS, SKETCH_BYTES, find_duplicates, find_near_duplicates
 from tasks.data.formats import Rejected, excerpt
 from tasks.data.leakage import ItemIndex
@@ -66,9 +67,11 @@ def prepare_dataset(
     on_progress: OnProgress = lambda _: None,
     run_shards: RunShards = clean_here,
     kept: Path | None = None,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """Write train.jsonl, validation.jsonl and quarantine.jsonl into `folder`, and return a DatasetRef's fields. Shards
-    that are cleaned stay in the folder `kept`, from which the same preparation goes on; who is done removes it.
+    that are cleaned stay in the folder `kept`, from which the same preparation goes on; who is done removes it. `store`
+    may have what cannot be reached.
 
     Of two kept rows or more, each split gets at least one. Raises DataError."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ def prepare_dataset(
         if kept is None or not stack.enter_context(locked_folder(kept)):  # another process is at it
             kept = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix="shards-")))
         table = _Table(kept)
-        for path, shard, origin, is_replay in _cleaned_shards(config, items, run_shards, kept):
+        for path, shard, origin, is_replay in _cleaned_shards(config, items, run_shards, kept, store):
             table.add(path, shard, origin, is_replay)
             on_progress(table.read)
         repeats = table.drop_repeats(config)
@@ -106,7 +109,7 @@ class _Cut:
 
 
 def _cleaned_shards(
-    config: DataConfig, items: ItemIndex | None, run_shards: RunShards, folder: Path
+    config: DataConfig, items: ItemIndex | None, run_shards: RunShards, folder: Path, store: Store | None
 ) -> Iterator[tuple[Path, CleanShard, Origin, bool]]:
     """Yield the shards in their order, each with its file in `folder`; those that are there are not cleaned again."""
     cut: deque[_Cut] = deque()
@@ -115,7 +118,7 @@ def _cleaned_shards(
     def jobs() -> Iterator[Job]:
         replay = config.replay.sources if config.replay else []
         for is_replay, source in (*((False, s) for s in config.sources), *((True, s) for s in replay)):
-            for file in read_files(source):
+            for file in read_files(source, store):
                 origin = Origin(file.name, file.format, file.source)
                 for records in cut_shards(file):
                     data, path = write_shard(records), folder / f"shard-{next(numbers)}"

@@ -9,6 +9,7 @@ import glob
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,10 +20,14 @@ from urllib.parse import unquote
 from tasks.core.addresses import shown
 from tasks.core.config import Column, DataConfig, ReplayConfig, SourceConfig, Tag
 from tasks.core.digest import content_digest, file_sha256, sha256
-from tasks.core.errors import DataError
+from tasks.core.errors import DataError, ForgetlessError
+from tasks.core.fetched import Fetched, find_fetched, open_fetched
 from tasks.core.licences import licence_of_card
 from tasks.core.records import LicenceRef
-from tasks.data.downloads import fetch, is_remote, list_remote
+from tasks.core.retry import is_out_of_reach
+from tasks.core.stages import Stage
+from tasks.core.store import Store
+from tasks.data.downloads import address_digest, fetch, is_remote, list_remote
 from tasks.data.files import (
     ARCHIVES,
     SUFFIXES,
@@ -37,8 +42,20 @@ from tasks.data.files import (
 )
 from tasks.data.formats import BadRow, Rejected, Row, detect_format, listed, to_row
 from tasks.data.records import Records, parse_record, read_records
+from tasks.models.hub import (
+    CARD,
+    FORBIDDEN,
+    ask_hub,
+    fetch_hub_dataset,
+    is_refused,
+    named_part,
+    open_hub_folder,
+    store_fetched,
+)
 
 SNIFFED_ROWS = 50
+DOWNLOADED = "file"
+"""What a fetched file is called: its name is in no key."""
 INFO = "dataset_info.json"
 MEDIA = ("images", "videos", "audios")
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
@@ -59,13 +76,14 @@ class SourceFile:
     """Line (or number) and value of each record: a BadRow, a value, or JsonText for parse_record to make one."""
 
 
-def read_files(source: SourceConfig) -> Iterator[SourceFile]:
+def read_files(source: SourceConfig, store: Store | None = None) -> Iterator[SourceFile]:
     """Yield the files of a source in the order of their names; together they give at most `source.max_rows` records.
+    What cannot be reached is read as it was fetched into `store`.
 
     Raises DataError, while being read, for whatever makes a file or data set unreadable as a whole."""
     source, entry = resolve_entry(source)
     left = source.max_rows
-    for name, where, records in _all_records(source, entry):
+    for name, where, records in _all_records(source, entry, store):
         head = list(islice(records, SNIFFED_ROWS))
         format_ = _head_format(head, name, where, source)
         taken = islice(chain(head, records), left)
@@ -101,11 +119,13 @@ def read_rows(source: SourceConfig) -> Iterator[Row | Rejected]:
             yield to_row(parse_record(value), file.format, file.name, line, file.source)
 
 
-def _all_records(source: SourceConfig, entry: dict[str, Any]) -> Iterator[tuple[str, str, Records]]:
+def _all_records(
+    source: SourceConfig, entry: dict[str, Any], store: Store | None
+) -> Iterator[tuple[str, str, Records]]:
     if is_hub_id(source.path):
-        yield source.path, f"Hub data set {source.path}", _hub_records(source, entry.get("folder"))
+        yield source.path, f"Hub data set {source.path}", _hub_records(source, entry.get("folder"), store)
         return
-    for name, (where, path) in _files(source.path).items():
+    for name, (where, path) in _files(source.path, store).items():
         for file in data_files(path, name, where):
             yield file.name, file.where, read_records(file, source.split)
 
@@ -134,9 +154,9 @@ def source_name(source: SourceConfig) -> str:
     return unquote(name) if is_remote(source.path) else name
 
 
-def list_licences(config: DataConfig) -> list[LicenceRef]:
+def list_licences(config: DataConfig, store: Store | None = None) -> list[LicenceRef]:
     """Return the licence of each source, of replay's too: as the recipe states it, or the card of a Hub data set that
-    is downloaded."""
+    is downloaded, or was fetched into `store`."""
     found = []
     for key, sources in (
         ("data.sources license", config.sources),
@@ -145,16 +165,20 @@ def list_licences(config: DataConfig) -> list[LicenceRef]:
         for source in sources:
             resolved, _ = resolve_entry(source)
             is_hub = is_hub_id(resolved.path)
-            stated = source.license or (_card_licence(resolved) if is_hub else None)
+            stated = source.license or (_card_licence(resolved, store) if is_hub else None)
             name = resolved.path if is_hub else source_name(source)
             found.append(LicenceRef(what="data source", key=key, name=name, license=stated, is_hub=is_hub))
     return found
 
 
-def source_digests(config: DataConfig) -> list[str]:
+def all_sources(config: DataConfig) -> list[SourceConfig]:
+    """Return the sources of the training rows, and of replay's."""
+    return [*config.sources, *(config.replay.sources if config.replay else [])]
+
+
+def source_digests(config: DataConfig, store: Store | None = None) -> list[str]:
     """Return the content identity of each source, for the key of the data set made from them. Raises DataError."""
-    replay = config.replay.sources if config.replay else []
-    return [content_identity(source) for source in (*config.sources, *replay)]
+    return [content_identity(source, store) for source in all_sources(config)]
 
 
 def prompts_digest(replay: ReplayConfig) -> str:
@@ -165,15 +189,15 @@ def prompts_digest(replay: ReplayConfig) -> str:
     return file_sha256(path)
 
 
-def content_identity(source: SourceConfig) -> str:
+def content_identity(source: SourceConfig, store: Store | None = None) -> str:
     """Return what a source's rows are, without parsing: the sha256 of its files, or hub:<id>@<commit>.
 
     Raises DataError where the source is not there."""
     source, entry = resolve_entry(source)
     if is_hub_id(source.path):
-        identity = f"hub:{source.path}@{hub_commit(source)}"
+        identity = f"hub:{source.path}@{hub_commit(source, store)}"
     else:
-        files = _files(source.path)
+        files = _files(source.path, store)
         try:
             digests = {name: file_sha256(path) for name, (_, path) in files.items()}
         except OSError as error:
@@ -184,14 +208,50 @@ def content_identity(source: SourceConfig) -> str:
     return identity
 
 
+def fetch_source(source: SourceConfig, store: Store) -> list[Fetched]:
+    """Bring a source that is elsewhere into the store, and return what its parts are found by; nothing for files of
+    this machine. Raises DataError."""
+    source, entry = resolve_entry(source)
+    if is_hub_id(source.path):
+        commit, part = hub_commit(source), _hub_part(source, entry.get("folder"))
+        try:
+            return [fetch_hub_dataset(store, source.path, source.revision, commit, **part)]
+        except ForgetlessError:
+            raise
+        except Exception as error:  # as in _hub_records
+            raise DataError(_hub_sentence(source, error)) from error
+    if not is_remote(source.path):
+        return []
+    found = []
+    for name, (where, path) in _files(source.path, None).items():
+        digest = file_sha256(path)
+
+        def copy(folder: Path, path: Path = path, where: str = where) -> dict[str, Any]:
+            shutil.copyfile(path, folder / DOWNLOADED)
+            return {"source": where}
+
+        artifact = store_fetched(store, Stage("download", 1, [digest], {}), copy).artifact
+        place = {"name": shown(source.path), "revision": address_digest(source.path), "commit": digest}
+        found.append(Fetched(kind="address", **place, part={"name": name, "where": where}, artifact=artifact))
+    return found
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _files(path: str) -> dict[str, tuple[str, Path]]:
+def _files(path: str, store: Store | None) -> dict[str, tuple[str, Path]]:
     """Return the data files of a source that is not on the Hub: what messages call each, and its path here, by name."""
-    if is_remote(path):
+    if not is_remote(path):
+        return {name: (str(file), file) for name, file in local_files(path).items()}
+    try:
         return {remote.name: (remote.where, fetch(remote)) for remote in list_remote(path)}
-    return {name: (str(file), file) for name, file in local_files(path).items()}
+    except DataError as error:
+        digest = address_digest(path)
+        cannot = is_out_of_reach(error) or type(error.__context__).__name__ == "NoCredentialsError"
+        found = find_fetched(store, "address", shown(path), digest) if cannot else []
+        if not store or not found:
+            raise
+        return {str(i.part["name"]): (str(i.part["where"]), open_fetched(store, i) / DOWNLOADED) for i in found}
 
 
 def local_files(path: str) -> dict[str, Path]:
@@ -371,54 +431,80 @@ def is_hub_id(path: str) -> bool:
     )
 
 
-def hub_commit(source: SourceConfig) -> str:
-    """Return the commit that a Hub data set's revision names now; offline, the one it named when it was downloaded.
+def hub_commit(source: SourceConfig, store: Store | None = None) -> str:
+    """Return the commit that a Hub data set's revision names now; offline, the one it named when it was fetched into
+    `store`, or else downloaded.
 
     Raises DataError where the data set is absent, gated, or neither reachable nor downloaded."""
     revision = source.revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.file_download import repo_folder_name
+
+    def fetched() -> str | None:
+        found = find_fetched(store, "dataset", source.path, revision)
+        return found[0].commit if found else None
 
     try:
         # Asking for a file, not for the commit, notes in the cache what the revision names, for use offline.
-        return Path(hf_hub_download(source.path, "README.md", repo_type="dataset", revision=revision)).parent.name
-    except EntryNotFoundError as error:  # without a README, or offline: the note is there if it ever was online
-        folder = repo_folder_name(repo_id=source.path, repo_type="dataset")
-        note = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
-        if not note.is_file():
+        return ask_hub(
+            lambda: Path(hf_hub_download(source.path, CARD, repo_type="dataset", revision=revision)).parent.name,
+            fetched,
+        )
+    except Exception as error:  # the Hub's library also passes its HTTP client's exceptions on
+        is_absent = "EntryNotFoundError" in {kind.__name__ for kind in type(error).__mro__}
+        # Without a card, or offline: the note is there if it ever was online.
+        note = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.path, repo_type="dataset")
+        note = note / "refs" / revision
+        if not ((is_absent or is_out_of_reach(error)) and note.is_file()):
             raise DataError(_hub_sentence(source, error)) from error
         return note.read_text(encoding="utf-8").strip()
-    except Exception as error:  # the Hub's library also passes its HTTP client's exceptions on
-        raise DataError(_hub_sentence(source, error)) from error
 
 
-def _card_licence(source: SourceConfig) -> str | None:
+def _card_licence(source: SourceConfig, store: Store | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    card = try_to_load_from_cache(source.path, "README.md", repo_type="dataset", revision=source.revision)
-    return licence_of_card(Path(card).read_text(encoding="utf-8", errors="replace")) if isinstance(card, str) else None
+    card = try_to_load_from_cache(source.path, CARD, repo_type="dataset", revision=source.revision)
+    if not isinstance(card, str):
+        found = open_hub_folder(store, "dataset", source.path, source.revision or "main")
+        card = str(found[0] / CARD) if found and (found[0] / CARD).is_file() else None
+    return licence_of_card(Path(card).read_text(encoding="utf-8", errors="replace")) if card else None
 
 
-def _hub_records(source: SourceConfig, folder: str | None) -> Records:
-    commit = hub_commit(source)
+def _hub_part(source: SourceConfig, folder: str | None) -> dict[str, str | None]:
+    return named_part(subset=source.subset, folder=folder)
+
+
+def _hub_records(source: SourceConfig, folder: str | None, store: Store | None) -> Records:
+    commit, part = hub_commit(source, store), _hub_part(source, folder)
     import datasets
 
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):  # their warnings are about caches and README headers
         logging.getLogger(library).setLevel(logging.ERROR)
+    options = {"split": source.split, "data_dir": folder}
+
+    def load_fetched() -> Any:
+        found = open_hub_folder(store, "dataset", source.path, commit, part)
+        return datasets.load_dataset(str(found[0]), source.subset, **options) if found else None
+
+    def load() -> Any:
+        rows = datasets.load_dataset(source.path, source.subset, revision=commit, **options)
+        files = [Path(file["filename"]) for file in rows.cache_files]
+        if any(commit not in file.parts for file in files):  # offline, datasets takes whatever commit it has
+            raise DataError(
+                f"Hub data set {source.path} is downloaded at another commit than {commit[:12]}, and the Hub cannot be "
+                "reached (offline). Run once while online, or name the downloaded commit as data.sources revision."
+            )
+        return rows
+
     try:
-        rows = datasets.load_dataset(source.path, source.subset, split=source.split, revision=commit, data_dir=folder)
+        rows = ask_hub(load, load_fetched)
+    except ForgetlessError:
+        raise
     except Exception as error:  # datasets has a dozen types for this, and passes those of four other libraries on
         raise DataError(_hub_sentence(source, error)) from error
-    files = [Path(file["filename"]) for file in rows.cache_files]
-    if any(commit not in file.parts for file in files):  # offline, datasets takes whatever commit it has
-        raise DataError(
-            f"Hub data set {source.path} is downloaded at another commit than {commit[:12]}, and the Hub cannot be "
-            "reached (offline). Run once while online, or name the downloaded commit as data.sources revision."
-        )
     yield from enumerate(rows, 1)
 
 
@@ -426,6 +512,8 @@ def _hub_sentence(source: SourceConfig, error: Exception) -> str:
     """Return what is wrong with a Hub data set, and what to do, from the exception its libraries raised."""
     name, kinds = source.path, {kind.__name__ for kind in type(error).__mro__}
     text = one_line(error)
+    if is_refused(error):
+        return f"Hub data set {name}: {FORBIDDEN}"
     if "GatedRepoError" in kinds or "gated dataset" in text:
         return (
             f"Hub data set {name} is gated. Accept its terms at https://huggingface.co/datasets/{name}, then log in "
@@ -438,7 +526,7 @@ def _hub_sentence(source: SourceConfig, error: Exception) -> str:
             f"There is no file, folder or Hub data set {name} that you can read. Check the spelling; for a private "
             "one, log in with hf auth login."
         )
-    if kinds & {"OfflineModeIsEnabled", "TransportError", "ConnectionError", "LocalEntryNotFoundError"}:
+    if kinds & {"TransportError", "ConnectionError"} or is_out_of_reach(error):
         return (
             f"{name} is not a file or folder here, and as a Hub data set it is not downloaded and the Hub cannot be "
             "reached (offline). Give a local file, or fetch it once while online."

@@ -15,7 +15,7 @@ from tasks.core.progress import report_progress
 from tasks.core.records import BaseRef, DataReport, DatasetRef, ItemsRef, ReplayRef, TokensRef
 from tasks.core.settings import read_settings
 from tasks.core.stages import Stage, dataset_stage, replay_stage, tokens_stage, validation_stage
-from tasks.core.store import open_store, stored
+from tasks.core.store import Store, open_store, stored
 from tasks.policy import STAGE_OPTIONS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def store_dataset(
 ) -> DatasetRef:
     """As fetch_dataset; `run_shards` cleans the shards elsewhere than in processes of this machine."""
     store = open_store(read_settings(store_url))
-    stage = dataset_stage_of(data, items)
+    stage = dataset_stage_of(data, items, store)
     kept = store.kept_folder(f"dataset-{stage.key}")
 
     def make(folder: Path) -> dict[str, Any]:
@@ -45,18 +45,18 @@ def store_dataset(
         def say(done: int) -> None:
             report_progress("dataset", done, 0)
 
-        return prepare_dataset(data, folder, index, say, run_shards or clean_here, kept)
+        return prepare_dataset(data, folder, index, say, run_shards or clean_here, kept, store)
 
     dataset = stored(store, stage, DatasetRef, make)
     remove_unheld(kept)
     return dataset
 
 
-def dataset_stage_of(data: DataConfig, items: ItemsRef) -> Stage:
+def dataset_stage_of(data: DataConfig, items: ItemsRef, store: Store) -> Stage:
     """Return what the training rows depend on. Raises DataError where a source is not there."""
     from tasks.data.sources import source_digests
 
-    return dataset_stage(data, source_digests(data), items.artifact.key)
+    return dataset_stage(data, source_digests(data, store), items.artifact.key)
 
 
 @task(name="validate-dataset", **STAGE_OPTIONS)

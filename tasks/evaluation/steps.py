@@ -35,14 +35,17 @@ def list_evaluation_items(evaluation: EvalConfig, store_url: str) -> ItemsRef:
 
     def make(folder: Path) -> dict[str, Any]:
         from tasks.evaluation.forgetting import ITEMS
+        from tasks.evaluation.hub_data import hub_data
         from tasks.evaluation.suite import read_item_texts
 
-        texts = read_item_texts(evaluation)
+        with hub_data(store):
+            texts = read_item_texts(evaluation)
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in texts)
         (folder / ITEMS).write_text(lines, encoding="utf-8")
         return {"items": len(texts)}
 
-    return stored(open_store(read_settings(store_url)), items_stage(suite_digest(evaluation)), ItemsRef, make)
+    store = open_store(read_settings(store_url))
+    return stored(store, items_stage(suite_digest(evaluation)), ItemsRef, make)
 
 
 @task(name="score-model", task_run_name="score-{moment}", **STAGE_OPTIONS)
@@ -59,6 +62,7 @@ def score_model(
         from tasks.evaluation.divergence import base_divergence, with_divergence
         from tasks.evaluation.forgetting import ITEMS
         from tasks.evaluation.harness import score_model as score
+        from tasks.evaluation.hub_data import hub_data
         from tasks.evaluation.prefix_lm import SharedPrefixLM
         from tasks.evaluation.responses import Responses
         from tasks.evaluation.suite import kept_texts
@@ -93,7 +97,8 @@ def score_model(
             else:
                 backend = SharedPrefixLM(loaded, tokenizer, evaluation.batch_tokens, say)
             responses.attach(backend)
-            tasks, items = score(backend, tokenizer, evaluation)
+            with hub_data(store):
+                tasks, items = score(backend, tokenizer, evaluation)
         responses.write(stage.key)
         (folder / ITEMS).write_text("".join(item.model_dump_json() + "\n" for item in items), encoding="utf-8")
         del loaded, backend  # the backend holds the model too
@@ -120,6 +125,7 @@ def score_file(model: ModelConfig, evaluation: EvalConfig, base: BaseRef, file: 
         from tasks.evaluation.forgetting import ITEMS
         from tasks.evaluation.gguf_backend import GgufLM
         from tasks.evaluation.harness import score_model as score
+        from tasks.evaluation.hub_data import hub_data
         from tasks.evaluation.responses import Responses
         from tasks.models.base import open_base
         from tasks.models.tokenizer import load_tokenizer
@@ -137,7 +143,8 @@ def score_file(model: ModelConfig, evaluation: EvalConfig, base: BaseRef, file: 
         )
         try:
             responses.attach(backend)
-            tasks, items = score(backend, tokenizer, evaluation)
+            with hub_data(store):
+                tasks, items = score(backend, tokenizer, evaluation)
         finally:
             backend.close()
         responses.write(stage.key)

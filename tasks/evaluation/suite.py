@@ -4,7 +4,7 @@ A file task is an lm-eval ConfigurableTask over rows read here, so scoring, few-
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +61,11 @@ def suite_digest(config: EvalConfig) -> str:
     return content_digest(files)
 
 
+def named_tasks(config: EvalConfig) -> list[str]:
+    """Return the names of the tasks that lm-eval describes and loads itself."""
+    return [t.name for c in config.capabilities for t in c.tasks if t.file is None and not t.rows]
+
+
 @dataclass(frozen=True)
 class Suite:
     """What lm_eval.simple_evaluate takes: `tasks` and the TaskManager that knows those named; `leaves` are the tasks of
@@ -74,7 +79,7 @@ class Suite:
 def build_tasks(config: EvalConfig, tokenizer: Any) -> Suite:
     """Return the tasks of a suite. Raises ConfigError for names that are not known and rows of the wrong shape."""
     wanted = [t for c in config.capabilities for t in c.tasks]
-    named = [t.name for t in wanted if t.file is None and not t.rows]
+    named = named_tasks(config)
     local = [t for t in wanted if t.file is not None or t.rows]
     built = _of_each(local, lambda t: build_benchmark(t) if t.rows else [_file_task(t, tokenizer)])
     found = [*named, *(part for parts in built for part in parts)]
@@ -122,7 +127,7 @@ def read_item_texts(config: EvalConfig) -> list[tuple[str, str, str]]:
     tasks = [t for c in config.capabilities for t in c.tasks]
     local = [t for t in tasks if t.file or t.rows]
     texts = [text for found in _of_each(local, _local_item_texts) for text in found]
-    named = [t.name for t in tasks if t not in local]
+    named = named_tasks(config)
     return [*texts, *_named_item_texts(config, named)] if named else texts
 
 
@@ -149,6 +154,23 @@ def _question_and_answer(task: TaskConfig, row: dict[str, Any]) -> tuple[str, st
         question, *rest = [m["content"] for m in row["messages"] if m["role"] != "system"]
         return question, "\n".join(rest)
     return ("", row["text"]) if task.texts else (row["context"], row["choices"][row["gold"]])
+
+
+def load_named(
+    config: EvalConfig, names: list[str], say: Callable[[str], None]
+) -> Iterator[tuple[str, Exception | None]]:
+    """Load lm-eval's own tasks, and yield the name of each with what went wrong, or None. Raises ConfigError."""
+    from lm_eval.tasks import get_task_dict
+
+    manager = _known_tasks(config, names)
+    for name in names:
+        say(f"Loading the task {name}")
+        try:
+            get_task_dict([name], manager)
+        except Exception as error:  # lm-eval's, datasets' and evaluate's, and any of a task's own code
+            yield name, error
+        else:
+            yield name, None
 
 
 def _named_item_texts(config: EvalConfig, names: list[str]) -> list[tuple[str, str, str]]:

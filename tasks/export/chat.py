@@ -341,7 +341,7 @@ def open_run_base(store: Store, run: RunManifest, kind: Kind) -> ChatModel:
     can_be_gguf = config.base.endswith(".gguf") and config.template == TemplateName.AUTO
     if can_be_gguf and _resolve(run, kind) in ("gguf", "ollama"):
         with contextlib.suppress(ModelError):  # it may be gone from this machine: the store has it for transformers
-            source = locate_base(config)
+            source = locate_base(config, store=store)
             if base_stage(config, source.content).key == run.base.artifact.key:  # the very file that was trained on
                 return GgufModel(source.path, config.base, system)
     folder = open_base(store, run.base, config)

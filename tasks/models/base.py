@@ -14,10 +14,13 @@ from typing import Any, Literal
 
 from tasks.core.config import ModelConfig
 from tasks.core.digest import content_digest, file_sha256
-from tasks.core.errors import ConfigError, ModelError
+from tasks.core.errors import ConfigError, ForgetlessError, ModelError
+from tasks.core.fetched import Fetched
 from tasks.core.licences import licence_of_card
 from tasks.core.records import BaseRef
+from tasks.core.retry import is_out_of_reach
 from tasks.core.store import Store
+from tasks.models.hub import FORBIDDEN, ask_hub, fetch_repository, is_refused, open_hub_folder
 
 POINTER = "base.json"
 TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.txt", "*.jinja", "README.md"]
@@ -36,12 +39,12 @@ class BaseSource:
     revision: str | None = None
 
 
-def locate_base(config: ModelConfig, weights: bool = True) -> BaseSource:
-    """Return where the base is, downloading a Hub id that is not cached, without its `weights` where a plan needs none.
-    Raises ModelError, saying what to do."""
+def locate_base(config: ModelConfig, weights: bool = True, store: Store | None = None) -> BaseSource:
+    """Return where the base is, downloading a Hub id that is not cached, without its `weights` where a plan needs none;
+    where the Hub cannot be reached, what was fetched into the store. Raises ModelError, saying what to do."""
     path = _local_path(config.base)
     if path is None:
-        path, commit = _hub_folder(config.base, config.revision, HUB_FILES if weights else TOKENIZER_FILES)
+        path, commit = _hub_folder(config, HUB_FILES if weights else TOKENIZER_FILES, store)
         _refuse_quantised(path, config.base)
         return BaseSource("hub", path, f"hub:{config.base}@{commit}", _card_licence(path), commit)
     if path.suffix == ".gguf":
@@ -51,12 +54,12 @@ def locate_base(config: ModelConfig, weights: bool = True) -> BaseSource:
     return BaseSource("folder", path, content, _card_licence(path))
 
 
-def locate_tokenizer(config: ModelConfig, scratch: Path) -> Path:
+def locate_tokenizer(config: ModelConfig, scratch: Path, store: Store | None = None) -> Path:
     """Return the folder of the base's tokenizer, without its weights; a GGUF file's is written into `scratch`. Raises
     ModelError."""
     path = _local_path(config.base)
     if path is None:
-        return _hub_folder(config.base, config.revision, TOKENIZER_FILES)[0]
+        return _hub_folder(config, TOKENIZER_FILES, store)[0]
     if path.suffix != ".gguf":
         return path
     from tasks.models.tokenizer import write_gguf_tokenizer
@@ -184,18 +187,28 @@ def _folder_content(folder: Path) -> str:
     return content_digest({p.name: _unchanged_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in names})
 
 
-def _hub_folder(name: str, revision: str | None, files: list[str]) -> tuple[Path, str]:
+def fetch_base(config: ModelConfig, store: Store) -> Fetched | None:
+    """Bring a base of the Hub into the store, weights and tokenizer, and return what it is found by; None for a base
+    that is no Hub id. Raises ModelError."""
+    source = locate_base(config, weights=False)
+    if source.kind != "hub":
+        return None
+    commit = str(source.revision)
+    return fetch_repository(store, "model", config.base, config.revision or "main", commit, HUB_FILES)
+
+
+def _hub_folder(config: ModelConfig, files: list[str], store: Store | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name, revision = config.base, config.revision
+
+    def download() -> tuple[Path, str]:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return folder, folder.name  # a snapshot folder is named by its commit
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return ask_hub(download, lambda: open_hub_folder(store, "model", name, revision or "main"))
     except GatedRepoError:
         raise ModelError(
             f"The base model {name} is gated: accept its licence on its Hub page, then log in with: hf auth login"
@@ -206,12 +219,17 @@ def _hub_folder(name: str, revision: str | None, files: list[str]) -> tuple[Path
         raise ModelError(
             f"The base model {name} is not on the Hub (or is private). Check model.base, or log in with: hf auth login"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+    except ForgetlessError:
+        raise
+    except Exception as error:  # the Hub's library also passes its HTTP client's exceptions on
+        if is_refused(error):
+            raise ModelError(f"The base model {name}: {FORBIDDEN}") from None
+        if not (isinstance(error, OSError) or is_out_of_reach(error)):
+            raise
         raise ModelError(
             f"The base model {name} is not in the local cache and the Hub cannot be reached. Go online once, or set "
             "model.base to a local folder or .gguf file."
         ) from None
-    return folder, folder.name  # a snapshot folder is named by its commit
 
 
 def write_base(source: BaseSource, config: ModelConfig, folder: Path) -> dict[str, Any]:
@@ -242,7 +260,7 @@ def open_base(store: Store, base: BaseRef, config: ModelConfig) -> Path:
     if not pointer.is_file():
         return folder
     facts = json.loads(pointer.read_text(encoding="utf-8"))
-    source = locate_base(config.model_copy(update={"revision": facts["revision"] or config.revision}))
+    source = locate_base(config.model_copy(update={"revision": facts["revision"] or config.revision}), store=store)
     if source.content != facts["content"]:
         raise ModelError(f"The base model {config.base} has changed since this run began. Start the run again.")
     return source.path

@@ -15,9 +15,10 @@ def prepare_base(config: ModelConfig, store_url: str) -> BaseRef:
     """Return the base model as a record; its files are in the store, or stay where the Hub cache has them."""
     from tasks.models.base import locate_base, write_base
 
-    source = locate_base(config)
+    store = open_store(read_settings(store_url))
+    source = locate_base(config, store=store)
     base = stored(
-        open_store(read_settings(store_url)),
+        store,
         base_stage(config, source.content),
         BaseRef,
         lambda folder: write_base(source, config, folder),

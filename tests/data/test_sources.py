@@ -12,6 +12,7 @@ import pytest
 from tasks.core.config import SourceConfig
 from tasks.core.digest import file_sha256
 from tasks.core.errors import DataError
+from tasks.data.downloads import address_digest
 from tasks.data.formats import Rejected, Row
 from tasks.data.records import JsonText, parse_record
 from tasks.data.sources import content_identity, is_hub_id, read_files, read_rows, resolve_entry, source_name
@@ -408,9 +409,9 @@ def ask_hub(sources: list[dict[str, str]], home: Path, url: str, offline: bool =
 def test_hub_data_sets_online_offline_gated_and_absent(hub: Any, tmp_path: Path) -> None:
     rows = "".join(json.dumps(row) + "\n" for row in ALPACA).encode()
     hub.repos = {
-        "me/open": {"train.jsonl": rows},  # without a README, which is how the commit is asked for
-        "me/card": {"train.jsonl": rows, "README.md": b"# A card"},
-        "me/gated": "GatedRepo",
+        "datasets/me/open": {"train.jsonl": rows},  # without a README, which is how the commit is asked for
+        "datasets/me/card": {"train.jsonl": rows, "README.md": b"# A card"},
+        "datasets/me/gated": "GatedRepo",
     }
     names = ["me/open", "me/card", "me/gated", "me/absent"]
     sources = [{"path": name} for name in names]
@@ -420,9 +421,9 @@ def test_hub_data_sets_online_offline_gated_and_absent(hub: Any, tmp_path: Path)
         {"path": "me/card", "revision": "v2"},
     ]
     answers, printed = ask_hub(sources, tmp_path, hub.url)
-    commit = answers[0].partition("@")[2]
-    assert len(commit) == 40
-    assert answers[:4] == [f"hub:me/open@{commit}", QUESTIONS, f"hub:me/card@{commit}", QUESTIONS]
+    expected = [f"hub:me/open@{hub.head('datasets/me/open')}", QUESTIONS]
+    expected += [f"hub:me/card@{hub.head('datasets/me/card')}", QUESTIONS]
+    assert answers[:4] == expected
     assert answers[4] == answers[5]
     assert answers[4].startswith(
         "DataError: Hub data set me/gated is gated. Accept its terms at https://huggingface.co/"
@@ -435,10 +436,19 @@ def test_hub_data_sets_online_offline_gated_and_absent(hub: Any, tmp_path: Path)
 
     sources = [*sources[:2], {"path": "me/absent"}, {"path": "me/card", "revision": "b" * 40}]
     answers, printed = ask_hub(sources, tmp_path, hub.url, offline=True)
-    assert answers[:4] == [f"hub:me/open@{commit}", QUESTIONS, f"hub:me/card@{commit}", QUESTIONS]
+    assert answers[:4] == expected
     assert answers[5].endswith("the Hub cannot be reached (offline). Give a local file, or fetch it once while online.")
     assert "me/card is downloaded at another commit than bbbbbbbbbbbb" in answers[7]
     assert printed == ""
+
+
+def test_an_address_is_found_again_without_what_is_secret_in_it() -> None:
+    place = "https://host/rows.jsonl?part=2"
+    assert address_digest("https://me:secret@host/rows.jsonl?part=2") == address_digest(place)
+    assert (
+        len({address_digest(place), address_digest("https://host/rows.jsonl?part=3"), address_digest("s3://b/k@1")})
+        == 3
+    )
 
 
 # --- real files -------------------------------------------------------------------------------------------------------
