@@ -22,13 +22,15 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
+from prefect.variables import Variable
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tasks.core.errors import ConfigError, ForgetlessError  # noqa: E402
+from tasks.core.errors import ConfigError, ForgetlessError, StoreError  # noqa: E402
+from tasks.core.retry import error_code  # noqa: E402
 from tasks.core.settings import read_settings  # noqa: E402
-from tasks.core.store import open_store  # noqa: E402
+from tasks.core.store import check_writable, open_store  # noqa: E402
 
 POOLS = {
     "cpu": "Whole runs; a run waits here for its stages on other pools.",
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
                 bring_pool(client, pool, getattr(arguments, pool), limit)
             bring_deployments(client)
             bring_automations(client)
+            if any(getattr(arguments, pool) != "process" for pool in POOLS):
+                bring_variables(client)
         bring_bucket()
     except ForgetlessError as error:
         print(f"bootstrap: {error}", file=sys.stderr)
@@ -202,22 +206,41 @@ def _address(block: Any) -> str | None:
     return str(block.secrets.get_secret_value().get("address"))
 
 
-def bring_bucket() -> None:
-    """Create the store's bucket, where FORGETLESS_STORE is s3:// and it is absent."""
-    url = read_settings().store_url
-    if not url.startswith("s3://"):
-        return
-    from botocore.exceptions import ClientError
+def bring_variables(client: SyncPrefectClient) -> None:
+    """Say where the store is to the containers of Docker and Kubernetes pools, whose worker's environment they have
+    not."""
+    values = {
+        "forgetless_bucket": read_settings().store_url.removeprefix("s3://"),
+        "forgetless_s3_endpoint": os.environ.get("AWS_ENDPOINT_URL_S3", ""),
+        "forgetless_s3_region": os.environ.get("AWS_DEFAULT_REGION", ""),
+    }
+    if not read_settings().store_url.startswith("s3://"):
+        raise ConfigError("Containers share a bucket: set FORGETLESS_STORE to s3://bucket/prefix.")
+    for name, value in values.items():
+        found = client.read_variable_by_name(name)
+        if not value or (found and found.value == value):
+            say("variable", name, "unchanged" if value else "left out: not set here")
+            continue
+        Variable.set(name, value, overwrite=True)
+        say("variable", name, "updated" if found else "created")
 
+
+def bring_bucket() -> None:
+    """Create the store's bucket, where FORGETLESS_STORE is s3:// and it is absent. Raises StoreError where the store
+    cannot be used."""
     store: Any = open_store(read_settings())
+    if not store.url.startswith("s3://"):
+        return
     try:
-        store.client.head_bucket(Bucket=store.bucket)
-        say("bucket", store.bucket, "unchanged")
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
-            raise ForgetlessError(f"The bucket {store.bucket} cannot be looked at: {error}") from None
-        store.client.create_bucket(Bucket=store.bucket)
-        say("bucket", store.bucket, "created")
+        check_writable(store)
+        return say("bucket", store.bucket, "unchanged")
+    except StoreError as error:
+        if error.__cause__ is None or error_code(error.__cause__)[1] != "NoSuchBucket":
+            raise
+    region = store.client.meta.region_name
+    where = {} if region in (None, "us-east-1", "auto") else {"LocationConstraint": region}
+    store.client.create_bucket(Bucket=store.bucket, **({"CreateBucketConfiguration": where} if where else {}))
+    say("bucket", store.bucket, "created")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/bin/sh
-# A Prefect server, the work pools, deployments and automations, and process workers on this machine. Ctrl-C ends them.
+# A Prefect server, all that bootstrap.py makes, and a worker for each pool, on this machine. Ctrl-C ends them, the
+# workers first: their runs leave a checkpoint.
 set -eu
 cd "$(dirname "$0")/.."
 export FORGETLESS_HOME="$PWD"
@@ -8,8 +9,19 @@ export PREFECT_SERVER_ANALYTICS_ENABLED=false
 # On SQLite the server logs a traceback whenever two of its writers meet, and tries again: a file is the place for it.
 log="${PREFECT_HOME:-$HOME/.prefect}/server.log"
 mkdir -p "$(dirname "$log")"
-trap 'trap - EXIT INT TERM; kill 0' EXIT INT TERM
-prefect server start >"$log" 2>&1 &
+workers=
+end() {
+    trap - EXIT INT TERM
+    if [ -n "$workers" ]; then
+        # shellcheck disable=SC2086
+        kill $workers 2>/dev/null || true
+        # shellcheck disable=SC2086
+        wait $workers || true
+    fi
+    kill "$server"
+}
+trap end EXIT INT TERM
+setsid prefect server start >"$log" 2>&1 &
 server=$!
 until python -c "
 import sys, httpx, os
@@ -21,6 +33,10 @@ done
 echo "Prefect UI: ${PREFECT_API_URL%/api} (the server's log: $log)"
 python infra/bootstrap.py
 echo "Start a run with: PREFECT_API_URL=$PREFECT_API_URL prefect deployment run finetune/cpu"
-prefect worker start --pool memory &
-prefect worker start --pool gpu --limit 1 &
-prefect worker start --pool cpu
+# Each in a session of its own, which a terminal's Ctrl-C does not reach.
+for pool in "gpu --limit 1" memory cpu; do
+    # shellcheck disable=SC2086
+    setsid infra/worker.sh --pool $pool &
+    workers="$workers $!"
+done
+wait
