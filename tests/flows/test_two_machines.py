@@ -17,7 +17,7 @@ import pytest
 
 from tasks.core.manifest import RunManifest, read_manifest, run_ids
 from tasks.core.s3 import S3Store
-from tasks.core.store import FileStore, read_marker
+from tasks.core.store import read_marker
 from tests.conftest import ROOT
 from tests.flows.servers import Server, prefect_server
 from tests.flows.test_finetune import recipe  # noqa: F401 (a fixture)
@@ -118,8 +118,8 @@ def test_a_run_that_was_terminated_goes_on_on_another_machine(
     assert found.stages["train"].note == f"continued from step {there}"
     assert 0 < there < found.adapter.steps
     assert bucket.list_folders("artifacts/checkpoint") == []
-    whole = FileStore(tmp_path / "whole")
-    subprocess.run([*command, str(whole.root)], env=environment("third"), check=True)
+    whole = S3Store(bucket.bucket, "whole", bucket.cache)
+    subprocess.run([*command, whole.url], env=environment("third"), check=True)
     assert digests(found) == digests(read_manifest(whole, "latest"))
 
 
