@@ -4,11 +4,12 @@ The Hub comes first, where it can be reached; else what `forgetless fetch` broug
 library. That reads tokens from their usual places; they go to the Hub alone.
 """
 
+import contextlib
 import functools
 import glob
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,10 @@ def ask_hub(work: Callable[[], T], fetched: Callable[[], T | None] = lambda: Non
     return what was `fetched`; where nothing was, what `work` finds in the library's cache. Raises what it raises."""
     if not is_hub_reached():
         found = fetched()
-        return work() if found is None else found
+        if found is not None:
+            return found
+        with _offline():
+            return work()
     try:
         return retried(lambda: _unwrapped(work))
     except Exception as error:
@@ -42,6 +46,18 @@ def ask_hub(work: Callable[[], T], fetched: Callable[[], T | None] = lambda: Non
         if found is None:
             raise
         return found
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let the Hub's library look into its cache at once: it would wait half a minute for every file, and say so."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _unwrapped(work: Callable[[], T]) -> T:
