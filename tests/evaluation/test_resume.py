@@ -101,7 +101,7 @@ def test_killed_in_any_kind_of_request_it_computes_the_rest(
     assert again
     assert again["items"] == whole["items"], "the same bytes"
     passes, all_passes = (sum(found["passes"].values()) for found in (again, whole))
-    assert passes < 0.6 * all_passes
+    assert passes < 0.8 * all_passes
     assert not list(store.rglob("unfinished/*/*")), "merged, and gone"
     assert list(store.rglob("responses.json"))
 
