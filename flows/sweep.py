@@ -23,7 +23,8 @@ from flows.finetune import finetune
 from flows.score_model import score_model
 from tasks.core.config import Recipe, SweepConfig
 from tasks.core.errors import ComparisonError, ForgetlessError, PrunedError
-from tasks.core.manifest import LiveCurve, RunManifest, new_run_id, read_manifest, run_ids
+from tasks.core.lease import hold_lease
+from tasks.core.manifest import LiveCurve, RunManifest, new_run_id, read_manifest, run_ids, run_stage
 from tasks.core.progress import report_progress, watch_progress
 from tasks.core.records import ForgettingReport, ScoreSheet
 from tasks.core.search import Search, Values, as_overrides, plan_search, propose_point, sweep_id
@@ -76,15 +77,17 @@ def sweep(
     settings = read_settings(store)
     place = open_store(settings)
     request = (recipe, overrides, data, settings.store_url)
-    work = _Sweep(place, found, open_record(place, found, search), *request)
-    with work.recorded():
-        work.run_trials(concurrency)
-        work.conclude()
+    name = name_sweep(place, found, search)
+    with hold_lease(place, run_stage(name)):  # of the same sweep twice at once, the second goes on from the first's end
+        work = _Sweep(place, found, open_record(place, found, search, name), *request)
+        with work.recorded():
+            work.run_trials(concurrency)
+            work.conclude()
     return work.record
 
 
-def open_record(store: Store, found: Search, search: SweepConfig) -> Sweep:
-    """Return the record of a sweep, with the trials that finished before; it is not written yet."""
+def name_sweep(store: Store, found: Search, search: SweepConfig) -> str:
+    """Return what a sweep is called: the same for the same question about the same data, base and items."""
     from tasks.data.sources import source_digests
     from tasks.evaluation.suite import suite_digest
     from tasks.models.base import locate_base
@@ -95,12 +98,16 @@ def open_record(store: Store, found: Search, search: SweepConfig) -> Sweep:
         suite_digest(recipe.eval),
         locate_base(recipe.model, weights=False, store=store).content,
     ]
-    name = sweep_id(found, search, contents)
+    return sweep_id(found, search, contents)
+
+
+def open_record(store: Store, found: Search, search: SweepConfig, name: str) -> Sweep:
+    """Return the record of a sweep, with the trials that finished before; it is not written yet."""
     known = read_sweep(store, name)
     runs = set(run_ids(store)) if known else set()
     record = Sweep(
         sweep_id=name,
-        recipe=recipe,
+        recipe=found.recipe,
         search=search,
         axes=found.axes,
         started=datetime.now(UTC),

@@ -108,7 +108,7 @@ def file_scores_stage(config: EvalConfig, suite: str, file: FileRef, base: BaseR
 
 
 def base_file_stage(base: BaseRef) -> Stage:
-    return Stage("base-gguf", 1, [base.artifact.content], {"template": base.template})
+    return Stage("base-gguf", 2, [base.artifact.content], {"template": base.template})
 
 
 def responses_stage(config: EvalConfig, base: BaseRef, adapter: TrainedRef | None, trust_remote_code: bool) -> Stage:
@@ -212,7 +212,7 @@ def gguf_stage(config: ExportConfig, base: BaseRef, adapter: TrainedRef, merged:
     if config.adapter_gguf:
         inputs.append(adapter.artifact.content)
         section |= {"adapter_gguf": True, "method": adapter.method, **_part(adapter)}
-    return Stage("gguf", 2, inputs, section)
+    return Stage("gguf", 3, inputs, section)
 
 
 def proof_stage(gguf: GgufRef, merged: ModelRef, tokens: TokensRef) -> Stage:

@@ -109,7 +109,7 @@ def convert(folder: Path, out: Path, kind: str, trust_remote_code: bool) -> None
     with contextlib.ExitStack() as stack:
         for name in ("hf-to-gguf", "gguf", "metadata"):
             stack.enter_context(_level(logging.getLogger(name), logging.ERROR))
-        place = folder if trust_remote_code else stack.enter_context(without_code(folder))
+        place = stack.enter_context(renamed(folder, trust_remote_code))
         stack.enter_context(torch.inference_mode())
         architecture = get_model_architecture(ModelBase.load_hparams(place, False), ModelType.TEXT)
         model = get_model_class(architecture)(place, gguf.LlamaFileType[KINDS[kind]], out)
@@ -135,21 +135,18 @@ def _level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_code(folder: Path) -> Iterator[Path]:
-    """Yield a folder that names no code of its own: the converter would load a tokenizer's class from wherever its
-    settings say."""
-    settings = {path: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*config.json")}
-    naming = [path for path, content in settings.items() if "auto_map" in content]
-    if not naming:
-        yield folder
-        return
+def renamed(folder: Path, keep_code: bool) -> Iterator[Path]:
+    """Yield a folder's files in one whose name says nothing, as the file keeps it: equal models become equal files
+    wherever they are. Without `keep_code` it names no code of its own: the converter would load a tokenizer's class
+    from wherever its settings say."""
     with tempfile.TemporaryDirectory() as scratch:
-        bare = Path(scratch) / folder.name  # a name that the file keeps
-        bare.mkdir()
+        place = Path(scratch) / "model"
+        place.mkdir()
         for path in folder.iterdir():
-            if path in naming:
-                content = {key: value for key, value in settings[path].items() if key != "auto_map"}
-                (bare / path.name).write_text(json.dumps(content), encoding="utf-8")
-            elif path.suffix != ".py":
-                (bare / path.name).symlink_to(path.resolve())
-        yield bare
+            if path.name.endswith("config.json") and not keep_code:
+                settings = json.loads(path.read_text(encoding="utf-8"))
+                content = {key: value for key, value in settings.items() if key != "auto_map"}
+                (place / path.name).write_text(json.dumps(content), encoding="utf-8")
+            elif path.suffix != ".py" or keep_code:
+                (place / path.name).symlink_to(path.resolve())
+        yield place

@@ -21,7 +21,7 @@ from tasks.core.records import AdapterRef, BaseRef, ModelRef, TokensRef
 from tasks.core.stages import Stage, gguf_stage
 from tasks.core.store import FileStore, stored
 from tasks.export.adapter import write_adapter
-from tasks.export.converter import name_pre_tokenizer, without_code
+from tasks.export.converter import name_pre_tokenizer, renamed
 from tasks.export.gguf import convert_to_gguf, pick_source, quantise_gguf
 from tasks.export.imatrix import ImportanceMatrix, draw_chunks, measure_importance, write_importance
 from tasks.export.merge import write_merged
@@ -263,6 +263,16 @@ def test_what_cannot_be_converted_is_told_in_the_converters_words(
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_equal_models_become_equal_files_wherever_they_are(tmp_path: Path) -> None:
+    write_family("qwen2", tmp_path / "6f1a-the-key-of-a-store")
+    write_family("qwen2", tmp_path / "the-content-in-a-cache")
+    digests = set()
+    for folder in sorted(tmp_path.iterdir()):
+        convert_to_gguf(folder, tmp_path / "out.gguf")
+        digests.add(file_sha256(tmp_path / "out.gguf"))
+    assert len(digests) == 1
+
+
 def test_code_that_a_folder_brings_along_is_not_run_by_the_converter(tmp_path: Path) -> None:
     folder = write_family("qwen2", tmp_path / "model")
     path = folder / "tokenizer_config.json"
@@ -272,7 +282,7 @@ def test_code_that_a_folder_brings_along_is_not_run_by_the_converter(tmp_path: P
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n"
     (folder / "evil.py").write_text(code)
     convert_to_gguf(folder, tmp_path / "out.gguf")
-    with without_code(folder) as bare:  # some architectures' converters load a tokenizer so
+    with renamed(folder, keep_code=False) as bare:  # some architectures' converters load a tokenizer so
         assert AutoTokenizer.from_pretrained(bare, trust_remote_code=True)("Hi").input_ids
     assert not ran.exists()
     with pytest.raises(AttributeError):
