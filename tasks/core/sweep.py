@@ -202,7 +202,9 @@ def _measure_point(trials: Sequence[SweepTrial]) -> SweepPoint:
     for delta in (delta for trial in trials for delta in trial.deltas):
         if delta.role == "retention" and delta.counts and delta.budget:
             share = Estimate(
-                value=-delta.delta / delta.budget, low=-delta.high / delta.budget, high=-delta.low / delta.budget
+                value=0 - delta.delta / delta.budget,
+                low=0 - delta.high / delta.budget,
+                high=0 - delta.low / delta.budget,
             )
             losses.setdefault(delta.name, []).append(share)
     shares = {name: over_seeds(found) for name, found in losses.items()} or {"": Estimate(value=0, low=0, high=0)}
