@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.core.config import ExportConfig, ModelConfig, Quantisation, Recipe, TrainConfig, Unquantised, WithImatrix
+from tasks.core.digest import file_sha256
 from tasks.core.errors import ExportError
 from tasks.core.records import AdapterRef, BaseRef, ModelRef, TokensRef
 from tasks.core.stages import Stage, gguf_stage
