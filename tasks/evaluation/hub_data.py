@@ -128,6 +128,8 @@ def fetch_tasks(
     """Bring what lm-eval's own tasks of a suite load into the store; return what it is found by, and an error for each
     task that could not be loaded."""
     fetched: list[Fetched] = []
+    if not named_tasks(config):
+        return [], []
     with hub_data(store, fetched):
         return fetched, _load_each(config, say)
 
@@ -143,8 +145,6 @@ def missing_tasks(config: EvalConfig, store: Store) -> list[ForgetlessError]:
 
 def _load_each(config: EvalConfig, say: Callable[[str], None]) -> list[ForgetlessError]:
     names = named_tasks(config)
-    if not names:
-        return []
     say("Reading lm-eval's tasks")
     problems: list[ForgetlessError] = []
     try:  # what lm-eval prints is for its own command line

@@ -16,6 +16,7 @@ import yaml
 from flows.cli import main
 from flows.store import DAY, collect_garbage
 from tasks.core.digest import file_sha256
+from tasks.core.errors import StoreError
 from tasks.core.fetched import read_records
 from tasks.core.manifest import read_manifest
 from tasks.core.settings import read_settings
@@ -358,6 +359,20 @@ def test_gc_keeps_what_was_fetched_until_it_is_removed(
     assert "There is no 'fetched/other'" in capsys.readouterr().err
     assert main(["store", "rm", record, *store]) == 0
     assert collect() == artifacts
+
+
+def test_a_record_that_cannot_be_read_stops_gc(store: FileStore) -> None:
+    store.write_bytes("fetched/shop-1.json", b"[]")
+    with pytest.raises(StoreError, match="fetched/shop-1.json cannot be read.*forgetless store rm fetched/shop-1"):
+        collect_garbage(store, read_settings(store.url), lambda _: None)
+    assert main(["store", "rm", "fetched/shop-1", "--store", store.url]) == 0
+    assert collect_garbage(store, read_settings(store.url), lambda _: None)["removed"] == []
+
+
+def test_a_recipe_of_local_files_needs_nothing(store: FileStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "quickstart", "--store", store.url]) == 0
+    assert "quickstart needs nothing from elsewhere." in capsys.readouterr().out
+    assert read_records(store) == {}
 
 
 def ask_for_base(place: Place, home: Path, **more: str) -> "subprocess.CompletedProcess[str]":
