@@ -9,6 +9,7 @@ message, name or path has it. Which addresses there are under a prefix is told h
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import re
@@ -175,7 +176,8 @@ class Download:
             part: IO[bytes] | None = None
             is_free = path is None
             if path is not None:
-                file = stack.enter_context(path.open("ab+"))
+                mine = functools.partial(os.open, mode=0o600)  # as a temporary file's
+                file = stack.enter_context(open(path, "ab+", opener=mine))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     is_same = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

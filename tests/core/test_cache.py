@@ -13,7 +13,7 @@ from tasks.core.records import ModelRef
 from tasks.core.s3 import S3Store
 from tasks.core.stages import Stage
 from tasks.core.store import FileStore, stored
-from tasks.data.downloads import Remote, _keep
+from tasks.data.downloads import fetch, list_remote
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o000])
@@ -40,7 +40,8 @@ def test_the_cache_is_for_its_user_alone(
     s3_store.local_folder(record.artifact)
     assert rights(tmp_path / "cache") == 0o700
     monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "other" / "cache"))
-    path = _keep(Remote("a.json", "https://x/a.json", "https://x/a.json"), "1", 2, [b"ok"])
+    s3_store.client.put_object(Bucket=s3_store.bucket, Key="a.json", Body=b"ok")
+    path = fetch(list_remote(f"s3://{s3_store.bucket}/a.json")[0])
     assert path.read_bytes() == b"ok" and rights(path) == 0o600
     assert rights(tmp_path / "other" / "cache") == 0o700
 
