@@ -205,6 +205,7 @@ class TrainConfig(Section):
     snapshots: int = Field(
         0, ge=0, le=100, description="Adapters to keep on the way, evenly spaced: forgetless steps RUN judges each."
     )
+    processes: int = Field(1, ge=1, le=64, description="Processes of one machine that share every step: one per GPU.")
     checkpoint_minutes: float = Field(5.0, ge=0, description="Minutes between checkpoints, from which a run resumes.")
     activation_checkpointing: Annotated[Literal["auto", "on", "off"], YAML_SWITCH] = Field(
         "auto", description="Recompute activations to save memory; auto: where they would not fit."

@@ -66,6 +66,11 @@ def make_pack(examples: list[Example], share_prefix: bool = False) -> Pack:
     )
 
 
+def count_labels(example: Example) -> int:
+    """Return how many of an example's tokens are learned: never the first, before which nothing comes."""
+    return sum(example.supervised[1:])
+
+
 def common_prefix(examples: list[Example]) -> int:
     """Return how many first tokens all examples share, none of them supervised; 0 where it is not worth it."""
     if len(examples) < 2:

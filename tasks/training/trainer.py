@@ -43,8 +43,9 @@ from tasks.training.checkpoints import (
 from tasks.training.chunked_loss import chunked_loss
 from tasks.training.curve import explain_onset, find_onset, runs_away
 from tasks.training.methods import open_trainable, parameter_groups, save_trained
-from tasks.training.packing import Pack, make_pack, pack_examples, plan_steps
+from tasks.training.packing import Pack, count_labels, make_pack, pack_examples, plan_steps
 from tasks.training.shared import LAST
+from tasks.training.team import Team
 
 OnStep = Callable[[int, int, TrainPoint], None]
 RETENTION_TEXTS = 64
@@ -86,13 +87,14 @@ def train_adapter(
     memory before. Raises ForgetlessError where the loss is no number, or worse than guessing."""
     began = time.monotonic()
     device = device_class()
+    team = Team(device)
     dtype = pick_dtype(config.dtype)
     examples, held_out = (_examples(read_examples(places.tokens / split)) for split in ("train", "validation"))
     retention = _read_texts(places.base, config, trust_remote_code)
     steps = plan_steps(examples, config.step_tokens, config.epochs, config.max_steps, config.seed)
 
     model = open_trainable(places.base, config, dtype, device, trust_remote_code, places.start_from)
-    run = _Run(model, config, device, dtype, check=held_out if _is_neutral(config) else [])
+    run = _Run(model, config, device, dtype, team, check=held_out if _is_neutral(config) else [])
     groups = parameter_groups(model, config)
     parameters = [p for group in groups for p in group["params"]]
     check_space(places.checkpoints, parameters, bool(config.early_stopping), bool(places.outgoing))
@@ -106,7 +108,8 @@ def train_adapter(
         progress.notes.append(_describe_resumption(progress, len(steps), _machine()))
         progress.resumed.append(progress.step)
     progress.machine = _machine()
-    drop_others(places.checkpoints, progress)
+    if team.leads:
+        drop_others(places.checkpoints, progress)
     progress.pack_tokens = min(progress.pack_tokens, pack_tokens or config.pack_tokens)
     run.refresh()
     run.follow(progress)
@@ -124,6 +127,8 @@ def train_adapter(
         return point.model_copy(update=losses)
 
     def save(name: str) -> None:
+        if not team.leads:
+            return
         progress.curve = [point.model_dump() for point in curve]
         progress.seconds = spent + time.monotonic() - began
         save_checkpoint(places.checkpoints, name, parameters, optimizer, scaler, progress)
@@ -141,6 +146,8 @@ def train_adapter(
             rate = config.learning_rate * schedule(number, len(steps), config.schedule, config.warmup_share)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
+            if team.size > 1 and config.lora_dropout:  # or all would drop the same
+                torch.manual_seed((config.seed * 1_000_003 + number) * team.size + team.rank)
             loss, tokens, labels = run.accumulate(steps[number - 1], parameters, scaler)
             scaler.unscale_(optimizer)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
@@ -169,6 +176,7 @@ def train_adapter(
             )
             progress.step = number
             late = config.max_minutes is not None and spent + time.monotonic() - began > 60 * config.max_minutes
+            late, ends = team.any(late), team.any(asked_to_end())
             if number % every == 0 or number == len(steps) or late:
                 point = validate(point)
             curve.append(point)
@@ -180,20 +188,23 @@ def train_adapter(
                         save(name_best(number))
                 else:
                     progress.waits += 1
-            if number in kept:
+            if number in kept and team.leads:
                 save_trained(model, config, places.base, snapshots / f"{number:06}")
             if late:
                 ended = "time limit"
             elif config.early_stopping and progress.waits >= config.early_stopping:
                 ended = "early stopping"
-            if asked_to_end() or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            if ends or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save(LAST)
                 saved = time.monotonic()
-            if asked_to_end():
+            if ends:
                 raise Interrupted
             if ended != "finished":
                 break
 
+    team.leave()
+    if not team.leads:
+        return {}
     shipped = progress.step
     if config.early_stopping and progress.best_step and progress.best_step != progress.step:
         load_best(places.checkpoints, progress.best_step, parameters)
@@ -235,8 +246,10 @@ def train_adapter(
 class _Run:
     """A model on its device with the way its losses are computed there, and how much of a step fits into memory."""
 
-    def __init__(self, model: Any, config: TrainConfig, device: str, dtype: torch.dtype, check: list[Example]) -> None:
-        self.model, self.config, self.device, self.dtype = model, config, device, dtype
+    def __init__(
+        self, model: Any, config: TrainConfig, device: str, dtype: torch.dtype, team: Team, check: list[Example]
+    ) -> None:
+        self.model, self.config, self.device, self.dtype, self.team = model, config, device, dtype, team
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.head = frozen_head(self.base)
         self.words = int(self.base.get_output_embeddings().weight.shape[0])
@@ -301,13 +314,18 @@ class _Run:
         """Leave a step's gradients, per label of the whole step, in `parameters`; return its mean loss, its tokens and
         its labels. Where memory runs out, smaller packs make up the same step."""
         self.model.train()
-        while True:
+        labels = max(1, sum(count_labels(example) for example in examples))
+        mine = self.team.share(examples)
+        loss = None
+        while loss is None:
             try:
-                return self._accumulate(examples, parameters, scaler)
+                loss = self._accumulate(mine, labels, parameters, scaler)
             except (RuntimeError, MemoryError) as error:
                 if not isinstance(error, MemoryError) and not any(w in str(error).lower() for w in OUT_OF_MEMORY):
                     raise
-                self._take_less_memory(examples, parameters)
+                self._take_less_memory(mine, parameters)
+        self.team.add_gradients(parameters)
+        return self.team.total(loss)[0], sum(len(example.ids) for example in examples), labels
 
     def _take_less_memory(self, examples: list[Example], parameters: list[torch.nn.Parameter]) -> None:
         for parameter in parameters:
@@ -334,10 +352,9 @@ class _Run:
         self.progress.notes.append(note)
 
     def _accumulate(
-        self, examples: list[Example], parameters: list[torch.nn.Parameter], scaler: Any
-    ) -> tuple[float, int, int]:
+        self, examples: list[Example], labels: int, parameters: list[torch.nn.Parameter], scaler: Any
+    ) -> float:
         packs = self._packs(examples)
-        labels = max(1, sum(pack.supervised for pack in packs))
 
         def gradients_of(pack: Pack) -> tuple[float, tuple[torch.Tensor | None, ...]]:
             loss = self.loss(pack)
@@ -352,7 +369,7 @@ class _Run:
                 if gradient is not None:  # per label of the whole step: the same however it is cut into packs
                     share = gradient.float() / labels
                     parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
-        return total, sum(pack.tokens for pack in packs), labels
+        return total
 
     def _packs(self, examples: list[Example]) -> list[Pack]:
         shares = bool(self.layers and self.layers.shares_prefix)
@@ -384,9 +401,10 @@ class _Run:
     def mean_loss(self, examples: list[Example]) -> float:
         """Return the mean loss per supervised token, without dropout."""
         self.model.eval()
-        packs = self._packs(examples)
-        total = sum(map_parallel(self._loss_without_graph, packs))
-        return total / max(1, sum(pack.supervised for pack in packs))
+        packs = self._packs(self.team.share(examples))
+        loss = sum(map_parallel(self._loss_without_graph, packs))
+        total, labels = self.team.total(loss, sum(pack.supervised for pack in packs))
+        return total / max(1, labels)
 
     @torch.no_grad()  # per thread: a worker does not inherit it
     def _loss_without_graph(self, pack: Pack) -> float:

@@ -7,9 +7,11 @@ points as they come, then the record's fields or an error. What libraries print 
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from typing import Any
 from tasks.core import errors
 from tasks.core.config import TrainConfig
 from tasks.core.errors import ForgetlessError
+from tasks.core.hardware import device_class
 from tasks.core.records import TrainPoint
 from tasks.core.settings import training_settings
 from tasks.training.shared import SharedCheckpoints
@@ -63,7 +66,7 @@ def run_training(
                 "trackers": trackers,
             }
             (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
-            code, end = _run(folder, on_step, lock)
+            code, end = _run(folder, on_step, lock, config.processes)
             if "fields" in end:
                 fields: dict[str, Any] = end["fields"]
                 return {**fields, "notes": [*notes, *fields["notes"]]}
@@ -95,14 +98,20 @@ def _locked(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _run(folder: Path, on_step: OnStep, lock: int) -> tuple[int, dict[str, Any]]:
-    """Return a training process's exit code and the last object it wrote that is no point. It holds the lock too."""
+def _run(folder: Path, on_step: OnStep, lock: int, processes: int) -> tuple[int, dict[str, Any]]:
+    """Return the exit code of training processes (of the first that failed) and the last object that the leading one
+    wrote that is no point. They hold the lock too."""
     end: dict[str, Any] = {}
     command = [sys.executable, "-m", "tasks.training.worker", str(folder / JOB)]
-    with (folder / LOG).open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(), pass_fds=[lock]
-        )
+    environments = [_environment() | more for more in _ranks(processes)]
+    with (folder / LOG).open("w", encoding="utf-8") as log, contextlib.ExitStack() as stack:
+        start = functools.partial(subprocess.Popen, command, stderr=log, text=True, pass_fds=[lock])
+        process = start(stdout=subprocess.PIPE, env=environments[0])
+        followers = [start(stdout=subprocess.DEVNULL, env=environment) for environment in environments[1:]]
+        for follower in followers:
+            stack.callback(follower.wait)
+            stack.callback(follower.kill)  # the leading one has ended, and nothing of theirs is kept
+            threading.Thread(target=_end_with, args=(follower, process), daemon=True).start()
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -112,6 +121,8 @@ def _run(folder: Path, on_step: OnStep, lock: int) -> tuple[int, dict[str, Any]]
                 else:
                     end = found
             code = process.wait()
+            failed = [follower.returncode for follower in followers if follower.poll()]
+            code = failed[0] if failed and not end else code
         except BaseException:  # also a cancelled flow: the child leaves a checkpoint
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -119,6 +130,25 @@ def _run(folder: Path, on_step: OnStep, lock: int) -> tuple[int, dict[str, Any]]
             process.kill()
             raise
     return code, end
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    """Return what tells each of several processes which it is, and how to find the others."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if device_class() == "cpu":
+        shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _end_with(follower: "subprocess.Popen[str]", leader: "subprocess.Popen[str]") -> None:
+    """End the leading process when another fails: it would wait for that one."""
+    if follower.wait() != 0:
+        leader.kill()
 
 
 def _environment() -> dict[str, str]:
@@ -168,6 +198,7 @@ def main(path: str) -> int:
     quiet_libraries()
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     config = TrainConfig(**job["config"])
+    follows = int(os.environ.get("RANK", 0)) > 0  # of several processes: what it tells, nobody reads
     from tasks.training.trackers import open_trackers
     from tasks.training.trainer import Interrupted, Places, train_adapter
 
@@ -176,7 +207,7 @@ def main(path: str) -> int:
     try:
         with contextlib.ExitStack() as stack:
             log: Callable[[TrainPoint], None] = lambda _: None  # noqa: E731
-            if config.report_to:
+            if config.report_to and not follows:
                 where = {**job["trackers"], "folder": Path(job["trackers"]["folder"])}
                 log = stack.enter_context(open_trackers(list(config.report_to), **where))
 
@@ -187,7 +218,7 @@ def main(path: str) -> int:
             fields = train_adapter(places, config, on_step, job["trust_remote_code"], job["pack_tokens"])
         tell(fields=fields)
     except Interrupted:
-        return 128 + signal.SIGTERM
+        return 0 if follows else 128 + signal.SIGTERM  # a follower that fails ends the leading one
     except ForgetlessError as error:
         tell(error=str(error), kind=type(error).__name__)
     return 0
