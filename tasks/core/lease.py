@@ -115,7 +115,9 @@ class Lease:
         it alone would look like a holder."""
         if self.path is None:
             return
-        if (self.was_late or not self.is_taken) and self.store.read_bytes(self.path) != self.mine:
+        if (self.was_late or not self.is_taken) and (there := self.store.read_bytes(self.path)) != self.mine:
+            if there is None and self.has_beaten:  # a last sign of life, after all was deleted
+                self.store.delete_file(f"{self.path}.beat")
             return
         gone = sorted((file.path for file in self.dead), key=lambda path: not path.endswith(".beat"))
         gone += [f"{self.path}.beat"] if self.has_beaten else []

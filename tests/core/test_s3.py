@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from flows.store import DAY, collect_garbage
+from flows.store import DAY, collect_garbage, verify_artifacts
 from tasks.core.errors import StoreError
 from tasks.core.records import ModelRef
 from tasks.core.s3 import MIB, S3Store
@@ -192,6 +192,39 @@ def test_what_is_asked_of_a_service_is_what_all_of_them_know(
     headers = {name.lower() for r in asked for name in r.headers}
     assert not [name for name in headers if "checksum" in name or "trailer" in name or "decoded" in name]
     assert all("Content-MD5" in r.headers for r in asked if r.method == "PUT")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_before_any_writing_request_the_same_call_ends_with_the_same_bytes(
+    proxy: FaultyS3, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from tests.core.test_s3 import *; from tests.flows.killed import count_requests; "
+        "count_requests(lambda n: n == int(sys.argv[2]) and os.kill(os.getpid(), signal.SIGKILL)); "
+        "print(stored(S3Store('bucket', sys.argv[1], Path(sys.argv[3])), STAGE, ModelRef, make).artifact.content)"
+    )
+
+    def run(prefix: str, point: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, prefix, str(point), str(tmp_path)]
+        return subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, check=False
+        )
+
+    contents = set()
+    for point in range(2, 18, 2):  # lease, files and parts, the marker and what comes after it
+        assert run(f"p{point}", point).returncode == -signal.SIGKILL, point
+        store = S3Store("bucket", f"p{point}", tmp_path)
+        whole = read_marker(store, "merged", STAGE.key) is not None
+        proxy.sent = 0
+        done = run(f"p{point}", 0)
+        assert done.returncode == 0, done.stderr
+        contents.add(done.stdout)
+        assert not verify_artifacts(store, None, lambda _: None)["problems"]
+        assert whole or not list(store.list_files("leases"))
+        assert not list(store.list_partial())
+        print(f"| request {point} | {'whole' if whole else 'not there'} | {proxy.sent / MIB:.1f} MiB sent again |")
+    assert len(contents) == 1
 
 
 def test_a_killed_download_is_continued(proxy: FaultyS3, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tasks.core.config import load_recipe
 from tasks.core.digest import file_sha256
 from tasks.core.errors import StoreError
 from tasks.core.lease import hold_lease
-from tasks.core.manifest import RunManifest, run_stage, write_manifest
+from tasks.core.manifest import RunManifest, StageState, run_stage, write_manifest
 from tasks.core.records import ArtifactRecord, ArtifactRef, CheckpointRef, ModelRef
 from tasks.core.s3 import S3Store
 from tasks.core.settings import Settings, read_settings
@@ -87,8 +87,10 @@ def put_from(store: Store, kind: str, name: str, *inputs: str) -> ArtifactRef:
 
 
 def put_run(store: Store, run_id: str, merged: ArtifactRef, card: ArtifactRef | None = None) -> None:
+    note = f"Register it: cd {merged.uri} && ollama create demo -f Modelfile"  # a place within a sentence
     manifest = RunManifest(
         run_id=run_id,
+        stages={"ollama": StageState(note=note)},
         recipe=load_recipe("quickstart"),
         started=datetime.now(UTC),
         merged=ModelRef(artifact=merged, dtype="float32"),
