@@ -4,6 +4,7 @@ Worth it where one machine is not enough: `FORGETLESS_DASK` names a Dask schedul
 cluster on this machine. Without it the rows are cleaned by a process per core, with no task per shard.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,12 @@ def prepare_data(data: DataConfig, items: ItemsRef, store_url: str) -> DatasetRe
     store = open_store(settings)
     if not settings.dask or find_artifact(store, dataset_stage_of(data, items, store), DatasetRef):
         return fetch_dataset(data, items, store_url)
-    return prepare_data_flow.with_options(task_runner=dask_runner(settings.dask))(data, items, store_url)
+    before = dict(os.environ)
+    try:
+        return prepare_data_flow.with_options(task_runner=dask_runner(settings.dask))(data, items, store_url)
+    finally:  # Dask says in here that its workers have a thread each, and what trains later would hear it
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def tokenise_data(recipe: Recipe, base: BaseRef, dataset: DatasetRef, items: ItemsRef, store_url: str) -> TokensRef:

@@ -23,6 +23,7 @@ class FaultyS3:
     def __init__(self, endpoint: str, share: float = 0.0, faults: tuple[str, ...] = FAULTS, hang: float = 2.0) -> None:
         self.share, self.faults, self.hang, self.slow = share, faults, hang, 0.0
         self.code = self.creates = ""
+        self.is_gone = False
         self.sent = self.fetched = 0
         self.injected: Counter[str] = Counter()
         self.mended: Counter[str] = Counter()
@@ -45,8 +46,16 @@ class FaultyS3:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def stop(self) -> None:
+        self.is_gone = True
+        self.server.shutdown()
+        self.server.server_close()
+
     def answer(self, asked: BaseHTTPRequestHandler) -> None:
         body = asked.rfile.read(int(asked.headers.get("Content-Length", 0)))
+        if self.is_gone:  # connections that were open before outlive the server
+            asked.close_connection = True
+            return None
         time.sleep(self.slow)
         is_object = "?" not in asked.path and "list" not in asked.path
         request = (asked.command, asked.path, asked.headers.get("Range", ""))

@@ -155,8 +155,7 @@ def delete_bucket(proxy: FaultyS3, patch: pytest.MonkeyPatch) -> None:  # noqa: 
 
 
 def stop_server(proxy: FaultyS3, patch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    proxy.server.shutdown()
-    proxy.server.server_close()
+    proxy.stop()
 
 
 @pytest.mark.parametrize(

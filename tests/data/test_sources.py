@@ -233,7 +233,7 @@ def test_entries_are_read_as_llama_factory_reads_them(write_info: Callable[..., 
             "tags": {"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "you"},
             "num_samples": 3,
         },
-        text={"file_name": "../text.jsonl", "columns": {"prompt": "content"}},
+        text={"file_name": "text.jsonl", "columns": {"prompt": "content"}},
         splits={"file_name": "splits.json", "split": "dev"},
     )
     turns = [{"who": "me", "what": "q"}, {"who": "you", "what": "a"}]
@@ -241,7 +241,7 @@ def test_entries_are_read_as_llama_factory_reads_them(write_info: Callable[..., 
     write_rows([{"ask": "q", "more": "m", "say": "a", "input": "not named"}], "set/named.jsonl")
     write_rows([{"talk": turns}] * 2, "set/folder/a.jsonl")
     write_rows([{"talk": turns}] * 2, "set/folder/b.jsonl")
-    write_rows([{"content": "words"}], "text.jsonl")
+    write_rows([{"content": "words"}], "set/text.jsonl")
     (info.parent / "splits.json").write_text(json.dumps({"train": [PAIR], "dev": [{**PAIR, "prompt": "dev"}]}))
     for path in (info, info.parent):
         assert questions(read(path, entry="plain")) == QUESTIONS

@@ -1,5 +1,6 @@
 """A finished run in a store: a real base with a real adapter, whose numbers are those of the dashboard's tests."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _base(base_folder: Path, source: str, revision: str | None, fields: dict[str
     def make(folder: Path) -> dict[str, Any]:
         if revision is None:
             for file in base_folder.iterdir():
-                (folder / file.name).symlink_to(file)
+                os.link(file.resolve(), folder / file.name)
         else:
             (folder / "base.json").write_text("{}", encoding="utf-8")
         return {**fields, "source": source, "revision": revision}

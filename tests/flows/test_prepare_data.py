@@ -1,6 +1,7 @@
 """The rows are the same bytes whoever cleans them: this process, a process per core, or a Dask cluster."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def test_a_dask_cluster_gives_the_same_rows(
     data: DataConfig, evaluation: EvalConfig, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("prefect_dask")
+    monkeypatch.setenv("FORGETLESS_DASK", "local")
+    environment = dict(os.environ)
     monkeypatch.setattr("tasks.data.shards.SHARD_ROWS", 100)
     found = []
     for name, address in (("here", ""), ("dask", "local")):
@@ -47,6 +50,7 @@ def test_a_dask_cluster_gives_the_same_rows(
     assert here.quarantined == cluster.quarantined == {"duplicate": 5, "empty_answer": 1, "leaked": 1}
     assert here.read == ROWS + 6 == sum(here.rows.values()) + 7
     assert prepare_data(data, items, store.url).artifact.reused
+    assert dict(os.environ) == environment, "a training after it has all its threads"
 
 
 def test_a_cluster_without_its_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

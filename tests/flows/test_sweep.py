@@ -169,7 +169,10 @@ def test_a_trial_that_fails_is_recorded_and_tried_again_by_the_same_command(
     of_sweep = [name for name in run_ids(store) if name.startswith(sweep.sweep_id)]
     assert len(of_sweep) == 3, "the failed one twice, the finished one once"
     assert main(command(recipe, store, "--grid", "data.min_rows=1000", "--json")) == 1
-    assert "None of the 1 trials finished. The first says: " in json.loads(capsys.readouterr().out)["error"]
+    assert (
+        "None of the 1 trials finished. The first says: "
+        in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    )
 
 
 def test_optuna_goes_on_as_if_it_had_never_stopped(store: FileStore, recipe: Path) -> None:  # noqa: F811
