@@ -30,7 +30,7 @@ from tasks.evaluation.responses import UNFINISHED
 
 DAY = 86_400.0
 READERS = 8  # files that are read at once; each holds one piece of at most 1 MiB
-PLACE = re.compile(r"artifacts/([\w-]+)/([\w-]+)")
+PLACE = re.compile(r'artifacts/([\w-]+)/([\w-]+)"')  # the end of a URI; a sentence may name a folder of the cache
 LEFT = ("leases", UNFINISHED, "handoffs")
 """What processes leave that were killed: leases, answers of a scoring, a stage's record for a run on another pool."""
 Say = Callable[[str], None]

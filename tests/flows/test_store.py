@@ -87,7 +87,7 @@ def put_from(store: Store, kind: str, name: str, *inputs: str) -> ArtifactRef:
 
 
 def put_run(store: Store, run_id: str, merged: ArtifactRef, card: ArtifactRef | None = None) -> None:
-    note = f"Register it: cd {merged.uri} && ollama create demo -f Modelfile"  # a place within a sentence
+    note = "Register it: cd /cache/artifacts/merged/abc && ollama create demo -f Modelfile"  # no artifact
     manifest = RunManifest(
         run_id=run_id,
         stages={"ollama": StageState(note=note)},
