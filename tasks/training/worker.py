@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tasks.training.shared import SharedCheckpoints
 
 OnStep = Callable[[int, int, TrainPoint], None]
 ENDING_SECONDS = 120  # for the step at work and its checkpoint
+DYING_SECONDS = 10.0  # that the memory of a killed process takes to be freed, and its lock with it
 LOG_LINES = 5
 LEAST_PACK_TOKENS = 64
 PR_SET_PDEATHSIG = 1
@@ -86,15 +88,20 @@ def _locked(folder: Path) -> Iterator[int]:
     stage has one training at a time, but for a process that was paused: its training may still be at work."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ForgetlessError(
-                f"Another process, paused perhaps, still trains with the checkpoints in {folder}. Let it finish or end "
-                "it (`fuser` on the file `lock` there names it), then run the same command again."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        last_try = time.monotonic() + DYING_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > last_try:
+                    raise ForgetlessError(
+                        f"Another process, paused perhaps, still trains with the checkpoints in {folder}. Let it "
+                        "finish or end it (`fuser` on the file `lock` there names it), then run the same command again."
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
         yield file.fileno()
 
 

@@ -127,7 +127,8 @@ def test_a_training_dies_with_the_process_that_started_it(tiny_folder: Path, tok
     assert "Resumed at step" in fields["notes"][0]
 
 
-def test_two_trainings_never_share_their_checkpoints(tmp_path: Path) -> None:
+def test_two_trainings_never_share_their_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "DYING_SECONDS", 0.5)
     where = places(tmp_path, tmp_path, tmp_path / "out")
     (tmp_path / "checkpoints").mkdir()
     with (tmp_path / "checkpoints" / "lock").open("a") as lock:
