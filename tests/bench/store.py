@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tasks.core.digest import content_digest
 from tasks.core.s3 import MIB, S3Store
 from tasks.core.store import MARKER
 
@@ -36,14 +37,17 @@ def measure(size: int, rounds: int, work: Path) -> dict[str, Any]:
     (source / "model.bin").write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     del data
-    marker = json.dumps({"files": {"model.bin": {"sha256": digest, "size": size}}}).encode()
+    files = {"model.bin": {"sha256": digest, "size": size}}
+    content = content_digest({"model.bin": digest})
     seconds: dict[str, list[float]] = {"upload": [], "boto3_upload": [], "download": [], "boto3_download": []}
     for turn in range(rounds):
         store = S3Store("bench", "", work / f"cache{turn}")
         path = f"artifacts/merged/{turn}"
-        ref = ArtifactRef(kind="merged", key=str(turn), uri="s3://bench", content=str(turn), size_bytes=size)
+        ref = ArtifactRef(kind="merged", key=str(turn), uri="s3://bench", content=content, size_bytes=size)
+        facts = {"artifact": ref.model_dump(exclude={"uri", "reused"}), "files": files}
+        marker = json.dumps(facts).encode()
         steps = {
-            "upload": lambda store=store, path=path: store.upload(source, path, marker),
+            "upload": lambda store=store, ref=ref, marker=marker: store.upload(source, ref, marker),
             "boto3_upload": lambda store=store: store.client.upload_file(str(source / "model.bin"), "bench", "peer"),
             "download": lambda store=store, ref=ref: store.local_folder(ref),
             "boto3_download": lambda store=store: store.client.download_file("bench", "peer", str(work / "peer")),
