@@ -43,17 +43,17 @@ def handing_over(store_url: str, work: Callable[[], Result]) -> Result:
     """Return what `work` returns; as another flow's child on a deployment, leave it for that flow too."""
     if not (runtime.deployment.id and runtime.flow_run.parent_flow_run_id):
         return work()
-    left: dict[str, Any]
+
+    def leave(what: dict[str, Any]) -> None:
+        open_store(read_settings(store_url)).write_bytes(_place(runtime.flow_run.id), canonical_json(what))
+
     try:
         record = work()
-        left = {"record": record.model_dump(mode="json")}
-        return record
     except ForgetlessError as error:
-        left = {"error": str(error), "kind": type(error).__name__}
+        leave({"error": str(error), "kind": type(error).__name__})
         raise
-    finally:
-        with contextlib.suppress(UnboundLocalError):
-            open_store(read_settings(store_url)).write_bytes(_place(runtime.flow_run.id), canonical_json(left))
+    leave({"record": record.model_dump(mode="json")})
+    return record
 
 
 def _place(flow_run: Any) -> str:

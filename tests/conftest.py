@@ -48,11 +48,16 @@ def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def s3_store(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def aws(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment in which stores, and processes that are started, find the S3 server."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def s3_store(aws: None, tmp_path: Path) -> Store:
     bucket = f"b{abs(hash(tmp_path)) % 10**9}"
     from tasks.core.s3 import S3Store
 

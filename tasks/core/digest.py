@@ -1,5 +1,6 @@
 """Digests: what names a stage's result (a key) and what its bytes are (a content digest)."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -28,6 +29,18 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file, read in pieces, so that size does not matter. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged_sha256(path: Path) -> str:
+    """Return the sha256 of a file that is asked for often: read once, as long as its size and time stay. Raises
+    OSError."""
+    facts = path.stat()
+    return _known_sha256(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.cache
+def _known_sha256(path: Path, size_bytes: int, changed_ns: int) -> str:
+    return file_sha256(path)
 
 
 def content_digest(files: dict[str, str]) -> str:

@@ -4,7 +4,6 @@ Each fetch leaves one record, fetched/<recipe>-<what it asked for>.json, which k
 Who asks says when: the Hub and the servers come first where they can be reached.
 """
 
-import functools
 import json
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.core.digest import canonical_json, file_sha256, sha256
+from tasks.core.digest import canonical_json, sha256, unchanged_sha256
 from tasks.core.errors import StoreError
 from tasks.core.records import ArtifactRecord, ArtifactRef, Record
 from tasks.core.store import Store, read_marker
@@ -112,12 +111,6 @@ def open_fetched(store: Store, item: Fetched) -> Path:
 
 def _is_whole(path: Path, digest: str) -> bool:
     try:
-        facts = path.stat()
-        return _unchanged_sha256(path, facts.st_size, facts.st_mtime_ns) == digest
+        return unchanged_sha256(path) == digest  # a run opens a base at every stage
     except OSError:
         return False
-
-
-@functools.cache  # a run opens a base at every stage
-def _unchanged_sha256(path: Path, size_bytes: int, changed_ns: int) -> str:
-    return file_sha256(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.core.config import ModelConfig
-from tasks.core.digest import content_digest, file_sha256
+from tasks.core.digest import content_digest, file_sha256, unchanged_sha256
 from tasks.core.errors import ConfigError, ForgetlessError, ModelError
 from tasks.core.fetched import Fetched
 from tasks.core.licences import licence_of_card
@@ -138,11 +138,6 @@ def _whole_gguf(path: Path, size_bytes: int, changed_ns: int) -> tuple[str, str 
     return file_sha256(path), metadata.get("general.license")
 
 
-@functools.cache  # a run asks for a folder's content at every stage
-def _unchanged_sha256(path: Path, size_bytes: int, changed_ns: int) -> str:
-    return file_sha256(path)
-
-
 def read_gguf_metadata(path: Path) -> dict[str, str]:
     """Return a GGUF file's metadata. Raises ModelError unless every tensor lies inside the file, by llama.cpp."""
     with path.open("rb") as file:
@@ -184,7 +179,7 @@ def _folder_content(folder: Path) -> str:
             + (f", found {pickled[0].name}, which is never unpickled: convert it to safetensors." if pickled else ".")
         )
     names = [*weights, *(p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt", ".py"})]
-    return content_digest({p.name: _unchanged_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in names})
+    return content_digest({p.name: unchanged_sha256(p) for p in names})
 
 
 def fetch_base(config: ModelConfig, store: Store) -> Fetched | None:

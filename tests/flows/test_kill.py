@@ -91,12 +91,9 @@ def test_stages_killed_between_requests_to_a_bucket_end_with_the_same_bytes(
     recipe: Path,  # noqa: F811
     tmp_path: Path,
     prefect_server: None,
-    s3_endpoint: str,
+    aws: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"ENDPOINT_URL_S3": s3_endpoint, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("FORGETLESS_CACHE", str(tmp_path / "whole"))
     S3Store("killed", "", tmp_path).client.create_bucket(Bucket="killed")
     code, whole = run_stages(recipe, "s3://killed/whole", {})

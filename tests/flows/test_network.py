@@ -41,11 +41,8 @@ def test_a_run_on_a_bad_network_has_the_bytes_of_a_good_one(
     recipe: Path,  # noqa: F811
     tmp_path: Path,
     s3_endpoint: str,
-    monkeypatch: pytest.MonkeyPatch,
+    aws: None,
 ) -> None:
-    for name, value in {"ENDPOINT_URL_S3": s3_endpoint, "ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     S3Store("network", "", tmp_path).client.create_bucket(Bucket="network")
     good = run(recipe, "s3://network/good", s3_endpoint, tmp_path / "good")
     proxy = FaultyS3(s3_endpoint, share=0.2, hang=6.0)

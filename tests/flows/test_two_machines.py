@@ -31,11 +31,7 @@ RECORDS = ("dataset", "base", "before", "adapter", "after", "merged", "gguf")
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_endpoint)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def bucket(aws: None, tmp_path: Path) -> S3Store:
     store = S3Store(f"b{abs(hash(tmp_path)) % 10**9}", "team", tmp_path / "watcher")
     store.client.create_bucket(Bucket=store.bucket)
     return store
